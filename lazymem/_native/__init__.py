@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The border to the C core: thin wrappers that check lengths, call, and raise.
+
+Every call releases the GIL (cffi does, in API mode). Nothing above this package touches cffi.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from . import codecs
+from ._core import ffi, lib
+
+if sys.byteorder != "little":  # records are used as they lie in the file
+    raise ImportError("lazymem needs a little-endian machine")
+
+#: Where each codec's C functions come from: a wheel's module, a soname, or "" (not found).
+CODEC_SOURCES: Final = codecs.SOURCES
+
+STATE_ABSENT: Final = 0
+STATE_LOADING: Final = 1
+STATE_PRESENT: Final = 2
+STATE_FAILED: Final = 3
+STATE_POISONED: Final = 4
+
+BACKENDS: Final = {"uffd": 0, "uffd-user": 1, "eager": 2, "map": 3}
+INSTALLS: Final = {"auto": 0, "copy": 1, "move": 2}
+WAYS: Final = ("device", "syscall", "user-only")
+OPERATIONS: Final = ("copy", "zeropage", "wake", "poison", "move")
+
+_OWN_CODES: Final = {
+    lib.LM_E_SHORT: "the file ends before the chunk does",
+    lib.LM_E_CHECKSUM: "the stored bytes do not match their checksum",
+    lib.LM_E_DECODE: "the stored bytes do not decode to the chunk's size",
+    lib.LM_E_RECORD: "the chunk's record is not valid",
+    lib.LM_E_CODEC: "the decoder for this chunk is not installed",
+    lib.LM_E_CLOSED: "the region is closed",
+    lib.LM_E_FEATURE: "userfaultfd lacks an operation that is needed",
+}
+CHUNK_UNCHECKED: Final[int] = lib.LM_CHUNK_UNCHECKED
+E_SHORT: Final[int] = lib.LM_E_SHORT
+E_CHECKSUM: Final[int] = lib.LM_E_CHECKSUM
+E_DECODE: Final[int] = lib.LM_E_DECODE
+E_RECORD: Final[int] = lib.LM_E_RECORD
+E_CODEC: Final[int] = lib.LM_E_CODEC
+E_CLOSED: Final[int] = lib.LM_E_CLOSED
+E_FEATURE: Final[int] = lib.LM_E_FEATURE
+
+
+class NativeError(Exception):
+    """A negative code from the core. `code` is LM_E_* or an errno negated; `chunk` where it is known."""
+
+    def __init__(self, code: int, chunk: int | None = None) -> None:
+        super().__init__(_OWN_CODES.get(code) or os.strerror(-code))
+        self.code = code
+        self.chunk = chunk
+
+
+def _check(code: int) -> int:
+    if code < 0:
+        raise NativeError(code)
+    return code
+
+
+# ---- bytes ----
+#
+# Buffers are released as soon as the call is over (`with`): an exception's traceback keeps frames alive,
+# and cffi's buffer objects crash when the garbage collector meets one over a memoryview in a cycle.
+
+
+def bytes_are_zero(data: Any) -> bool:
+    """Whether every byte of the buffer is zero."""
+    with ffi.from_buffer(data) as view:
+        return bool(lib.lm_bytes_are_zero(view, len(view)))
+
+
+def checksum(data: Any) -> int:
+    """XXH3-64 of the buffer."""
+    with ffi.from_buffer(data) as view:
+        return int(lib.lm_codec_checksum(view, len(view)))
+
+
+def planes_split(source: Any, target: Any, width: int) -> None:
+    """Byte planes of `source` into `target`, of equal length; they must not overlap."""
+    _planes(lib.lm_planes_split, source, target, width)
+
+
+def planes_join(source: Any, target: Any, width: int) -> None:
+    """The inverse of `planes_split`."""
+    _planes(lib.lm_planes_join, source, target, width)
+
+
+def _planes(function: Any, source: Any, target: Any, width: int) -> None:
+    with ffi.from_buffer(source) as given, ffi.from_buffer(target, require_writable=True) as wanted:
+        if len(given) != len(wanted):
+            raise ValueError(f"source has {len(given)} bytes and target {len(wanted)}")
+        _check(function(given, wanted, len(given), width))
+
+
+class Decoder:
+    """Stored bytes -> a chunk's bytes. Use one from one thread at a time."""
+
+    def __init__(self) -> None:
+        out = ffi.new("lm_decoder **")
+        _check(lib.lm_decoder_new(out))
+        self._handle = ffi.gc(out[0], lib.lm_decoder_free)
+
+    def decode(self, record: bytes, stored: Any, out: Any) -> None:
+        """Check and decode `stored` into the whole of `out`. Raises `NativeError`."""
+        if len(record) != ffi.sizeof("lm_chunk_record"):
+            raise ValueError(f"a chunk record has {ffi.sizeof('lm_chunk_record')} bytes, not {len(record)}")
+        parsed = ffi.new("lm_chunk_record *")
+        ffi.memmove(parsed, record, len(record))
+        with ffi.from_buffer(stored) as given, ffi.from_buffer(out, require_writable=True) as wanted:
+            if len(given) != parsed.stored_length:
+                raise NativeError(E_SHORT)
+            _check(lib.lm_decoder_decode(self._handle, parsed, given, wanted, len(wanted)))
+
+
+# ---- what the machine offers ----
+
+
+@dataclass(frozen=True, slots=True)
+class WayReport:
+    """One way to a userfaultfd: errno 0 if it opened, and the operations that worked when tried."""
+
+    name: str
+    errno: int
+    features: int
+    operations: tuple[str, ...]
+
+
+def probe() -> tuple[WayReport, ...]:
+    """Try every way to a userfaultfd on throw-away pages."""
+    reports = []
+    for way, name in enumerate(WAYS):
+        report = ffi.new("lm_way_report *")
+        _check(lib.lm_probe_way(way, report))
+        worked = tuple(op for bit, op in enumerate(OPERATIONS) if report.can >> bit & 1)
+        reports.append(WayReport(name, report.error, report.features, worked))
+    return tuple(reports)
+
+
+def engine_counts() -> tuple[int, int]:
+    """Regions that are open and engine threads that run, in this process."""
+    return int(lib.lm_engine_region_count()), int(lib.lm_engine_thread_count())
+
+
+# ---- regions ----
+
+
+@dataclass(frozen=True, slots=True)
+class RegionSpec:
+    """What a faulting region shows; tables are the records of FORMAT.md, one after another.
+
+    Array tables: offsets and lengths as uint64, name_offsets as uint32 (one more than arrays).
+    """
+
+    url: str
+    content_size: int
+    chunk_size: int
+    runs: bytes
+    records: bytes
+    fds: Sequence[int]
+    source_sizes: Sequence[int]
+    backend: str
+    install: str = "auto"
+    writable: bool = False
+    threads: int = 0
+    readahead: int = 0
+    array_offsets: bytes = b""
+    array_lengths: bytes = b""
+    name_offsets: bytes = b""
+    names: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class MapPiece:
+    """`length` bytes of `fd` at `file_offset`, shown at `region_offset`; both page multiples."""
+
+    region_offset: int
+    file_offset: int
+    length: int
+    fd: int
+
+
+def _table(kind: str, data: bytes) -> tuple[Any, int]:
+    """`data` as an array of `kind`, and its length; raises if it is not a whole number of them."""
+    size = ffi.sizeof(kind)
+    if len(data) % size:
+        raise ValueError(f"{len(data)} bytes are not whole records of {size}")
+    return ffi.from_buffer(f"{kind}[]", data), len(data) // size
+
+
+class NativeRegion:
+    """Owner of one lm_region. Not safe against use after `close_end`: region.py sees to that."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self.address = int(ffi.cast("uintptr_t", lib.lm_region_address(handle)))
+        self.size = int(lib.lm_region_size(handle))
+        self.chunk_count = int(lib.lm_region_chunk_count(handle))
+        self.chunk_size = int(lib.lm_region_chunk_size(handle))
+        number = lib.lm_region_backend(handle)
+        self.backend = next(name for name, value in BACKENDS.items() if value == number)
+        self.install = {1: "copy", 2: "move"}.get(lib.lm_region_install(handle), "none")
+
+    @classmethod
+    def open(cls, spec: RegionSpec) -> NativeRegion:
+        runs, run_count = _table("lm_run", spec.runs)
+        records, record_count = _table("lm_chunk_record", spec.records)
+        offsets, array_count = _table("uint64_t", spec.array_offsets)
+        lengths, length_count = _table("uint64_t", spec.array_lengths)
+        name_offsets, name_count = _table("uint32_t", spec.name_offsets)
+        if array_count and (
+            length_count != array_count
+            or name_count != array_count + 1
+            or name_offsets[array_count] > len(spec.names)
+        ):
+            raise ValueError("the array tables differ in length")
+        if len(spec.fds) != len(spec.source_sizes):
+            raise ValueError("each source needs a descriptor and a size")
+        keep = [
+            ffi.new("int[]", list(spec.fds)),
+            ffi.new("uint64_t[]", list(spec.source_sizes)),
+            ffi.new("char[]", os.fsencode(spec.url)),
+            ffi.from_buffer("char[]", spec.names),
+        ]
+        given = ffi.new(
+            "lm_region_spec *",
+            {
+                "content_size": spec.content_size,
+                "chunk_size": spec.chunk_size,
+                "backend": BACKENDS[spec.backend],
+                "install": INSTALLS[spec.install],
+                "writable": spec.writable,
+                "threads": spec.threads,
+                "readahead": spec.readahead,
+                "runs": runs,
+                "run_count": run_count,
+                "records": records,
+                "record_count": record_count,
+                "fds": keep[0],
+                "source_sizes": keep[1],
+                "source_count": len(spec.fds),
+                "url": keep[2],
+                "array_count": array_count,
+                "array_offsets": offsets,
+                "array_lengths": lengths,
+                "name_offsets": name_offsets,
+                "names": keep[3],
+            },
+        )
+        out = ffi.new("lm_region **")
+        _check(lib.lm_region_open(given, out))
+        return cls(out[0])
+
+    @classmethod
+    def open_map(cls, size: int, pieces: Sequence[MapPiece], *, writable: bool) -> NativeRegion:
+        table = ffi.new("lm_map_piece[]", len(pieces))
+        for i, piece in enumerate(pieces):
+            table[i].region_offset = piece.region_offset
+            table[i].file_offset = piece.file_offset
+            table[i].length = piece.length
+            table[i].fd = piece.fd
+        out = ffi.new("lm_region **")
+        _check(lib.lm_region_open_map(size, table, len(pieces), writable, out))
+        return cls(out[0])
+
+    def seal(self) -> None:
+        _check(lib.lm_region_seal(self._handle))
+
+    def prefetch(self, first: int, count: int) -> bool:
+        """False if the queue is full for now."""
+        code = lib.lm_region_prefetch(self._handle, first, count)
+        if code == -11:  # EAGAIN
+            return False
+        _check(code)
+        return True
+
+    def wait(self, first: int, count: int, cursor: int, timeout_ms: int) -> tuple[bool, int]:
+        """Whether all are present, and how far it got; raises `NativeError` with the chunk that failed."""
+        position, chunk = ffi.new("uint64_t *", cursor), ffi.new("uint64_t *")
+        code = lib.lm_region_wait(self._handle, first, count, timeout_ms, position, chunk)
+        if code < 0:
+            raise NativeError(code, None if code == E_CLOSED else int(chunk[0]))
+        return bool(code), int(position[0])
+
+    def read_into(self, offset: int, out: Any) -> None:
+        """Copy out of the region, GIL released; the range must be populated."""
+        with ffi.from_buffer(out, require_writable=True) as view:
+            if offset < 0 or len(view) > self.size - offset:
+                raise ValueError(f"{len(view)} bytes at {offset} are not within {self.size}")
+            lib.lm_region_read(self._handle, offset, view, len(view))
+
+    def states(self, first: int, count: int) -> bytes:
+        out = ffi.new("uint8_t[]", count)
+        _check(lib.lm_region_states(self._handle, first, count, out))
+        return bytes(ffi.buffer(out, count))
+
+    def stats(self) -> Any:
+        """An lm_stats structure."""
+        out = ffi.new("lm_stats *")
+        lib.lm_region_stats(self._handle, out)
+        return out
+
+    def close_begin(self) -> None:
+        lib.lm_region_close_begin(self._handle)
+
+    def close_end(self) -> None:
+        lib.lm_region_close_end(self._handle)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds `lazymem._native._core` with cffi in API mode.
+
+setuptools loads this file by its path (pyproject.toml, cmdclass), before lazymem can be imported, so it
+imports nothing of lazymem. The declarations are the slice of lazymem.h between its CFFI markers.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from cffi import FFI
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+SOURCES = (
+    "sys.c",
+    "uffd.c",
+    "codec.c",
+    "planes.c",
+    "table.c",
+    "queue.c",
+    "populate.c",
+    "report.c",
+    "engine.c",
+    "region.c",
+)
+# setuptools brings Python's own flags, -DNDEBUG among them; nothing here depends on assert().
+FLAGS = ("-std=gnu11", "-O2", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wshadow")
+# cffi's generated wrapper is not ours to keep clean of these.
+WRAPPER_FLAGS = ("-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Wno-shadow")
+
+
+def declarations() -> str:
+    """The part of lazymem.h that cffi reads."""
+    text = (HERE / "lazymem.h").read_text(encoding="utf-8")
+    return text.split("/* CFFI-BEGIN */", 1)[1].split("/* CFFI-END */", 1)[0]
+
+
+def emit(target: Path) -> None:
+    """Write the C source of the extension module to `target`."""
+    ffi = FFI()
+    ffi.cdef(declarations())
+    ffi.set_source("lazymem._native._core", '#include "lazymem.h"')
+    ffi.emit_c_code(str(target))
+
+
+class BuildExt(build_ext):
+    """build_ext that first writes cffi's wrapper, and compiles it beside the core's C files."""
+
+    def build_extension(self, ext: Any) -> None:
+        wrapper = HERE / "_core.c"
+        emit(wrapper)
+        ext.sources = [os.path.relpath(HERE / name) for name in (*SOURCES, wrapper.name)]
+        ext.depends = [os.path.relpath(path) for path in HERE.glob("*.h")]
+        ext.include_dirs = [os.path.relpath(HERE)]
+        ext.extra_compile_args = [*FLAGS, *WRAPPER_FLAGS]
+        if os.environ.get("LAZYMEM_WERROR") == "1":
+            ext.extra_compile_args.append("-Werror")
+        ext.extra_link_args = ["-pthread"]
+        ext.libraries = ["dl"]
+        super().build_extension(ext)

@@ -1,0 +1,139 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * engine.h: what engine.c, populate.c, region.c and report.c share. Not for anybody else.
+ *
+ * One engine a process: its resolver threads read the userfaultfds and resolve demand faults, its
+ * helper threads populate what was asked for beforehand. It runs while at least one region that needs
+ * it is open.
+ *
+ * Locks, in the order in which they may be taken (DESIGN.md has the reasons):
+ *   lifecycle   start and stop of threads, opening of descriptors, fork
+ *   gate        shared: from before pages are installed until the chunk's state says so, and while a
+ *               task is taken or given back; exclusive: fork, so that a child never sees half of it
+ *   lock        regions, queue, tasks, errors
+ * None of them is ever held while a thread waits for a disk, a decoder or Python.
+ */
+#ifndef LM_ENGINE_H
+#define LM_ENGINE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "lazymem.h"
+#include "queue.h"
+#include "table.h"
+
+#define LM_MAX_RESOLVERS 64
+#define LM_MAX_HELPERS   64
+#define LM_ERROR_SLOTS   64
+
+struct lm_counters {
+    _Atomic uint64_t faults, chunks_demand, chunks_prefetch, chunks_failed, moved_chunks;
+    _Atomic uint64_t bytes_populated, bytes_read, reads;
+    _Atomic uint64_t read_ns, check_ns, decode_ns, install_ns;
+    _Atomic uint64_t latency[LM_LATENCY_BUCKETS];
+};
+
+struct lm_extent { uint64_t start, length; }; /* bytes, from the region's base */
+
+struct lm_region {
+    struct lm_table table;
+    unsigned char *base;
+    uint64_t size; /* whole chunks, or whole pages for a plain mapping */
+    size_t memory; /* bytes of the allocation that holds this and the tables below */
+    int backend, install, prot;
+    bool writable;
+
+    int uffd; /* index into the engine's descriptors */
+    struct lm_extent *registered;
+    uint64_t registered_count;
+
+    _Atomic bool guarded; /* some chunk was poisoned by PROT_NONE, for want of UFFDIO_POISON */
+
+    int *fds;
+    uint64_t *source_sizes;
+    int source_count;
+
+    char *url;
+    uint64_t array_count;
+    uint64_t *array_offsets, *array_lengths;
+    uint32_t *name_offsets;
+    char *names;
+
+    /* Under the engine's lock. */
+    bool closing;
+    unsigned tasks; /* claimed or running */
+    struct { uint64_t chunk; int code; } errors[LM_ERROR_SLOTS];
+    unsigned error_count;
+    struct { uint64_t last, end, window; unsigned streak; } ahead;
+    uint32_t readahead;
+
+    struct lm_counters counters;
+};
+
+struct lm_worker {
+    pthread_t thread;
+    bool running;        /* under lifecycle */
+    bool busy;           /* under lock, as is current */
+    struct lm_task current;
+    lm_decoder *decoder;
+    unsigned char *stored, *plain, *huge;
+    size_t stored_length, plain_length, huge_length;
+};
+
+struct lm_uffd {
+    int fd; /* -1: not open */
+    int way;
+    unsigned can; /* LM_CAN_* */
+};
+
+#define LM_UFFD_FULL 0
+#define LM_UFFD_USER 1
+#define LM_UFFD_COUNT 2
+
+struct lm_engine {
+    pthread_mutex_t lifecycle;
+    pthread_rwlock_t gate;
+    pthread_mutex_t lock;
+    pthread_cond_t work;     /* helpers wait here */
+    pthread_cond_t progress; /* lm_region_wait and lm_region_close_end wait here */
+
+    unsigned users; /* regions that need the engine */
+    bool stopping;
+    int poller, bell;
+    struct lm_uffd uffds[LM_UFFD_COUNT];
+    int resolver_count, helper_count; /* wanted */
+    struct lm_worker resolvers[LM_MAX_RESOLVERS], helpers[LM_MAX_HELPERS];
+
+    struct lm_region **regions; /* sorted by base */
+    size_t region_count, region_capacity;
+    struct lm_queue queue;
+};
+
+extern struct lm_engine lm_engine;
+
+/* engine.c; the caller holds lifecycle for the first four */
+int lm_engine_acquire_locked(int threads); /* start if need be */
+void lm_engine_release_locked(void);       /* stop after the last */
+int lm_engine_uffd_locked(int backend, int *ret_index);
+int lm_engine_threads_locked(bool helpers); /* have all wanted threads run */
+int lm_engine_insert(struct lm_region *region);
+void lm_engine_remove(struct lm_region *region);
+
+/* populate.c: one chunk, from its source into the region; returns 0 or why it failed. */
+int lm_populate(struct lm_worker *worker, const struct lm_task *task);
+int lm_worker_init(struct lm_worker *worker);
+void lm_worker_destroy(struct lm_worker *worker);
+
+/* report.c */
+void lm_report_failed_touch(const struct lm_region *region, uint64_t chunk, int code);
+void lm_report_lost_region(const struct lm_region *region, int code);
+/* The first array with bytes in [start, end), or array_count. */
+uint64_t lm_report_find_array(const struct lm_region *region, uint64_t start, uint64_t end);
+
+/* region.c */
+uint64_t lm_region_array_end(const struct lm_region *region, uint64_t chunk); /* in chunks */
+void lm_region_record_error_locked(struct lm_region *region, uint64_t chunk, int code);
+
+#endif

@@ -1,0 +1,225 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * lazymem.h: the one public header of the native core.
+ *
+ * Everything between the two CFFI markers is read by cffi's cdef() as it stands, so it is declared
+ * once: no preprocessor beyond "#define NAME number" may appear there.
+ *
+ * Conventions. Functions that can fail return 0 (or a count) on success and a negative code on
+ * failure: an errno negated, or one of LM_E_* below. Out-parameters are named ret_x and are written
+ * only on success. Nothing here calls Python, needs the GIL, or logs; the one line that a failed
+ * touch prints (DESIGN.md, failure policy) goes straight to descriptor 2.
+ *
+ * Host byte order is little-endian: lm_run and lm_chunk_record are the snapshot file's own records
+ * (format/FORMAT.md, sections RUNS and CHNK) and are used where they lie.
+ */
+#ifndef LAZYMEM_H
+#define LAZYMEM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* CFFI-BEGIN */
+
+/* ---- codes: our own failures lie below every errno ---- */
+#define LM_E_SHORT      -1001 /* the source ended before the chunk's bytes did */
+#define LM_E_CHECKSUM   -1002 /* XXH3-64 of the stored bytes differs from the record's */
+#define LM_E_DECODE     -1003 /* the decoder refused the bytes or gave another length */
+#define LM_E_RECORD     -1004 /* the record names an unknown codec, filter or source, or a bad size */
+#define LM_E_CODEC      -1005 /* the decoder that the record needs was not found on this machine */
+#define LM_E_CLOSED     -1006 /* the region is closed or closing */
+#define LM_E_FEATURE    -1007 /* userfaultfd is there but lacks what we need */
+
+/* ---- chunks ---- */
+#define LM_CODEC_RAW    0
+#define LM_CODEC_LZ4    1
+#define LM_CODEC_ZSTD   2
+
+#define LM_FILTER_NONE   0
+#define LM_FILTER_PLANES 1
+
+/* Flag: a container read in place. No checksum; a raw chunk may be shorter than its place, zeros follow. */
+#define LM_CHUNK_UNCHECKED 1
+
+#define LM_ZERO_RUN 0xFFFFFFFFFFFFFFFF
+
+/* Chunks [first_chunk, first_chunk + count) are records first_record, first_record + 1, ...
+ * or, where first_record is LM_ZERO_RUN, all zeros. */
+typedef struct {
+    uint64_t first_chunk;
+    uint64_t count;
+    uint64_t first_record;
+} lm_run;
+
+typedef struct {
+    uint64_t offset;        /* of the stored bytes within their source */
+    uint32_t stored_length; /* bytes */
+    uint8_t codec;          /* LM_CODEC_* */
+    uint8_t filter;         /* LM_FILTER_* applied before the codec */
+    uint8_t width;          /* element size of the filter in bytes, else 0 */
+    uint8_t flags;          /* LM_CHUNK_* */
+    uint16_t source;        /* 0 is the snapshot file itself */
+    uint16_t reserved0;
+    uint32_t reserved1;
+    uint64_t checksum;      /* XXH3-64 of the stored bytes */
+} lm_chunk_record;
+
+/* ---- codecs: function pointers of the wheels, or of the system's libraries ---- */
+#define LM_FN_ZSTD_CREATE     0 /* ZSTD_createDCtx */
+#define LM_FN_ZSTD_FREE       1 /* ZSTD_freeDCtx */
+#define LM_FN_ZSTD_DECOMPRESS 2 /* ZSTD_decompressDCtx */
+#define LM_FN_ZSTD_IS_ERROR   3 /* ZSTD_isError */
+#define LM_FN_LZ4_DECOMPRESS  4 /* LZ4_decompress_safe */
+#define LM_FN_XXH3_64         5 /* XXH3_64bits */
+#define LM_FN_COUNT           6
+
+int lm_codec_set(int which, void *function);
+/* dlopen(path) and take `symbol` from it; path NULL or "" searches what is loaded already. */
+int lm_codec_find(int which, const char *path, const char *symbol);
+int lm_codec_present(int which);
+uint64_t lm_codec_checksum(const void *data, size_t length);
+
+/* ---- filters and scans, for the writer and for tests ---- */
+int lm_bytes_are_zero(const void *data, size_t length);
+/* Byte planes: plane p holds byte p of each element of `width` (2, 4 or 8) bytes; the tail of
+ * length % width bytes follows as it is. in and out must not overlap. */
+int lm_planes_split(const void *in, void *out, size_t length, int width);
+int lm_planes_join(const void *in, void *out, size_t length, int width);
+
+/* ---- one decoder a thread: stored bytes -> the chunk's bytes ---- */
+typedef struct lm_decoder lm_decoder;
+int lm_decoder_new(lm_decoder **ret_decoder);
+void lm_decoder_free(lm_decoder *decoder);
+/* Checks the checksum, decodes and joins `stored` into exactly `raw_length` bytes at `out`. */
+int lm_decoder_decode(lm_decoder *decoder, const lm_chunk_record *record, const void *stored,
+                      void *out, size_t raw_length);
+
+/* ---- what this machine offers ---- */
+#define LM_WAY_DEVICE    0 /* /dev/userfaultfd */
+#define LM_WAY_SYSCALL   1 /* userfaultfd(2), kernel faults too */
+#define LM_WAY_USER_ONLY 2 /* userfaultfd(2) with UFFD_USER_MODE_ONLY */
+#define LM_WAY_COUNT     3
+
+#define LM_CAN_COPY     1
+#define LM_CAN_ZEROPAGE 2
+#define LM_CAN_WAKE     4
+#define LM_CAN_POISON   8
+#define LM_CAN_MOVE     16
+
+typedef struct {
+    int error;         /* 0, or the errno that this way in ended with */
+    uint64_t features; /* UFFD_FEATURE_* as the kernel reports them */
+    uint64_t ioctls;   /* the bit mask of ioctls on a registered range */
+    unsigned can;      /* LM_CAN_*, each tried on a throw-away page */
+} lm_way_report;
+
+int lm_probe_way(int way, lm_way_report *ret_report);
+
+/* ---- regions ---- */
+#define LM_BACKEND_UFFD      0 /* device, else system call */
+#define LM_BACKEND_UFFD_USER 1
+#define LM_BACKEND_EAGER     2 /* no faults: everything is read by lm_region_open */
+#define LM_BACKEND_MAP       3 /* plain file mappings, no engine */
+
+#define LM_INSTALL_AUTO 0
+#define LM_INSTALL_COPY 1
+#define LM_INSTALL_MOVE 2
+
+typedef struct lm_region lm_region;
+
+/* Everything is copied; nothing is borrowed after the call returns. */
+typedef struct {
+    uint64_t content_size;      /* bytes; the region is this rounded up to whole chunks */
+    uint32_t chunk_size;        /* power of two, 64 KiB to 64 MiB */
+    int backend;                /* LM_BACKEND_UFFD, _UFFD_USER or _EAGER */
+    int install;                /* LM_INSTALL_* */
+    int writable;               /* 0: mode "r"; 1: mode "c" */
+    int threads;                /* resolver threads if this region starts the engine; 0: default */
+    uint32_t readahead;         /* chunks to run ahead of a sequential scan at most; 0: never */
+    const lm_run *runs;
+    uint64_t run_count;
+    const lm_chunk_record *records;
+    uint64_t record_count;
+    const int *fds;             /* sources; duplicated */
+    const uint64_t *source_sizes;
+    int source_count;
+    const char *url;            /* for the line that a failed touch prints */
+    /* Non-empty arrays sorted by offset: named in the same line, and read-ahead ends where they end.
+     * May be absent. */
+    uint64_t array_count;
+    const uint64_t *array_offsets;
+    const uint64_t *array_lengths;
+    const uint32_t *name_offsets; /* array_count + 1 of them, into names */
+    const char *names;
+} lm_region_spec;
+
+/* A piece of a plain region: `length` bytes of fd at file_offset (a multiple of the page size)
+ * shown at region_offset (likewise). Gaps are anonymous zeros. */
+typedef struct {
+    uint64_t region_offset;
+    uint64_t file_offset;
+    uint64_t length;
+    int fd;
+} lm_map_piece;
+
+int lm_region_open(const lm_region_spec *spec, lm_region **ret_region);
+int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece_count, int writable,
+                       lm_region **ret_region);
+/* Two steps. begin: nothing new starts, waiters return LM_E_CLOSED. end: waits for what is in
+ * flight, unmaps, frees. No thread may use the memory, or the handle, once end is called. */
+void lm_region_close_begin(lm_region *region);
+void lm_region_close_end(lm_region *region);
+
+/* Eager regions once everything is in place: writing becomes impossible where mode is "r". */
+int lm_region_seal(lm_region *region);
+
+void *lm_region_address(lm_region *region);
+uint64_t lm_region_size(lm_region *region);
+uint64_t lm_region_chunk_count(lm_region *region);
+uint64_t lm_region_chunk_size(lm_region *region); /* of a plain mapping: the unit of the calls below */
+int lm_region_backend(lm_region *region);
+int lm_region_install(lm_region *region);
+
+/* Queue chunks [first, first + count) for populating; failed ones are tried again.
+ * -EAGAIN: the queue is full, wait for something and ask again. */
+int lm_region_prefetch(lm_region *region, uint64_t first, uint64_t count);
+/* Wait until all of them are present. 1: they are. 0: time ran out. Negative: why a chunk failed,
+ * with *ret_chunk naming it. Restartable: *cursor says how far it got (start it at first). */
+int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeout_ms,
+                   uint64_t *cursor, uint64_t *ret_chunk);
+/* memcpy out of the region; the caller has populated the range. */
+void lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length);
+
+#define LM_STATE_ABSENT   0
+#define LM_STATE_LOADING  1
+#define LM_STATE_PRESENT  2
+#define LM_STATE_FAILED   3 /* an attempt failed that nobody had touched for; tried again on touch */
+#define LM_STATE_POISONED 4 /* touching it raises SIGBUS until it is asked for again */
+/* One byte a chunk into ret_states (LM_STATE_*). Chunks of zeros count as present: they need nothing. */
+int lm_region_states(lm_region *region, uint64_t first, uint64_t count, uint8_t *ret_states);
+
+#define LM_LATENCY_BUCKETS 32 /* bucket b: from 2^b to 2^(b+1) nanoseconds */
+typedef struct {
+    uint64_t faults;           /* messages read from the kernel */
+    uint64_t chunks_demand;    /* populated because a page was touched */
+    uint64_t chunks_prefetch;  /* populated because somebody asked first */
+    uint64_t chunks_failed;
+    uint64_t bytes_populated;
+    uint64_t bytes_read;       /* from the sources */
+    uint64_t reads;            /* requests to the sources */
+    uint64_t read_ns;
+    uint64_t check_ns;
+    uint64_t decode_ns;        /* codec and filter */
+    uint64_t install_ns;
+    uint64_t moved_chunks;     /* of the populated ones, those that went by UFFDIO_MOVE */
+    uint64_t latency[32];      /* demand: message read -> pages in place */
+} lm_stats;
+void lm_region_stats(lm_region *region, lm_stats *ret_stats);
+
+/* Regions and engine threads alive in this process, for leak checks. */
+uint64_t lm_engine_region_count(void);
+int lm_engine_thread_count(void);
+
+/* CFFI-END */
+
+#endif

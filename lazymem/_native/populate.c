@@ -1,0 +1,295 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * populate.c: chunk -> bytes -> pages. Reads the stored bytes, checks and decodes them into memory of
+ * the worker's own, and installs that as one step under the gate.
+ *
+ * Some facts: a page appears to every thread at once the moment it is installed, so bytes must be final
+ * before. UFFDIO_COPY copies from a warm buffer into fresh 4 KiB pages; UFFDIO_MOVE takes the worker's
+ * huge page away and leaves a hole, which the next chunk fills with a fresh one. MOVE needs both sides
+ * writable, whole huge pages, and pages that no child of a fork shares; where it refuses (EBUSY,
+ * EEXIST, EINVAL ...) the rest is copied: COPY always works.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "codec.h"
+#include "engine.h"
+#include "sys.h"
+#include "uffd.h"
+
+#define LM_READ_ATTEMPTS 3 /* of a local file: EIO from a disk can pass, a short file does not */
+
+int lm_worker_init(struct lm_worker *worker)
+{
+    return lm_decoder_new(&worker->decoder);
+}
+
+void lm_worker_destroy(struct lm_worker *worker)
+{
+    lm_decoder_free(worker->decoder);
+    lm_sys_free(worker->stored, worker->stored_length);
+    lm_sys_free(worker->plain, worker->plain_length);
+    lm_sys_free(worker->huge, worker->huge_length);
+    memset(worker, 0, sizeof *worker);
+}
+
+static int grow(unsigned char **memory, size_t *length, size_t wanted, size_t alignment)
+{
+    void *made;
+    int error;
+
+    if (*length >= wanted)
+        return 0;
+    error = alignment == 0 ? lm_sys_alloc(wanted, &made)
+                           : lm_sys_reserve(wanted, alignment, PROT_READ | PROT_WRITE, &made);
+    if (error < 0)
+        return error;
+    lm_sys_free(*memory, *length);
+    *memory = made;
+    *length = wanted;
+    return 0;
+}
+
+static int grow_huge(struct lm_worker *worker, size_t wanted)
+{
+    int error;
+
+    if (worker->huge_length >= wanted)
+        return 0;
+    error = grow(&worker->huge, &worker->huge_length, wanted, LM_HUGE_PAGE);
+    if (error == 0)
+        (void)lm_sys_advise(worker->huge, wanted, MADV_HUGEPAGE); /* slower without, not wrong */
+    return error;
+}
+
+static void add(_Atomic uint64_t *counter, uint64_t amount)
+{
+    atomic_fetch_add_explicit(counter, amount, memory_order_relaxed);
+}
+
+static uint64_t lap(_Atomic uint64_t *counter, uint64_t since)
+{
+    uint64_t now = lm_sys_now_ns();
+
+    add(counter, now - since);
+    return now;
+}
+
+static int read_stored(struct lm_region *region, const lm_chunk_record *record, void *buffer)
+{
+    uint64_t size;
+    int attempt, error = 0;
+
+    if (record->source >= region->source_count)
+        return LM_E_RECORD;
+    size = region->source_sizes[record->source];
+    if (record->offset > size || record->stored_length > size - record->offset)
+        return LM_E_RECORD;
+    for (attempt = 0; attempt < LM_READ_ATTEMPTS; attempt++) {
+        error = lm_sys_pread_full(region->fds[record->source], buffer, record->stored_length,
+                                  record->offset);
+        if (error == 0 || error == LM_E_SHORT)
+            break;
+    }
+    add(&region->counters.reads, 1);
+    if (error == 0)
+        add(&region->counters.bytes_read, record->stored_length);
+    return error;
+}
+
+/* The chunk's bytes at `target`, zeros after the end of the content. */
+static int produce(struct lm_worker *worker, struct lm_region *region, uint64_t chunk,
+                   unsigned char *target)
+{
+    const lm_chunk_record *record = lm_table_record(&region->table, chunk);
+    size_t raw_length = lm_table_raw_length(&region->table, chunk);
+    size_t chunk_size = (size_t)1 << region->table.chunk_shift;
+    unsigned char *stored = target;
+    uint64_t time = lm_sys_now_ns();
+    int error = 0;
+
+    if (record->stored_length > raw_length)
+        return LM_E_RECORD;
+    if (record->codec != LM_CODEC_RAW || record->filter != LM_FILTER_NONE) {
+        error = grow(&worker->stored, &worker->stored_length, chunk_size, 0);
+        stored = worker->stored;
+    }
+    if (error == 0)
+        error = read_stored(region, record, stored);
+    time = lap(&region->counters.read_ns, time);
+    if (error == 0)
+        error = lm_codec_check(record, stored);
+    time = lap(&region->counters.check_ns, time);
+    if (error == 0)
+        error = lm_codec_decode(worker->decoder, record, stored, target, raw_length);
+    if (error == 0)
+        memset(target + raw_length, 0, chunk_size - raw_length);
+    (void)lap(&region->counters.decode_ns, time);
+    return error;
+}
+
+static int install(struct lm_region *region, unsigned char *to, unsigned char *from, bool by_move)
+{
+    size_t length = (size_t)1 << region->table.chunk_shift, moved = 0;
+    int fd;
+
+    if (region->backend == LM_BACKEND_EAGER)
+        return 0; /* decoded in place: nobody sees the region before it is whole */
+    fd = lm_engine.uffds[region->uffd].fd;
+    if (by_move) {
+        (void)lm_uffd_move(fd, (uintptr_t)to, from, length, &moved);
+        if (moved == length) {
+            add(&region->counters.moved_chunks, 1);
+            return 0;
+        }
+    }
+    return lm_uffd_copy(fd, (uintptr_t)(to + moved), from + moved, length - moved);
+}
+
+static int install_zeros(struct lm_region *region, unsigned char *to)
+{
+    size_t length = (size_t)1 << region->table.chunk_shift;
+
+    if (region->backend == LM_BACKEND_EAGER)
+        return 0; /* fresh anonymous memory */
+    return lm_uffd_zero(lm_engine.uffds[region->uffd].fd, (uintptr_t)to, length);
+}
+
+static void wake(struct lm_region *region, unsigned char *at, size_t length)
+{
+    if (region->backend != LM_BACKEND_EAGER)
+        (void)lm_uffd_wake(lm_engine.uffds[region->uffd].fd, (uintptr_t)at, length);
+}
+
+/* Make every missing page of the chunk raise a signal in whoever touches it. */
+static void poison(struct lm_region *region, unsigned char *at)
+{
+    size_t length = (size_t)1 << region->table.chunk_shift;
+    const struct lm_uffd *uffd = &lm_engine.uffds[region->uffd];
+
+    if ((uffd->can & LM_CAN_POISON) && lm_uffd_poison(uffd->fd, (uintptr_t)at, length) == 0)
+        return;
+    /* Kernels before 6.6: SIGSEGV in place of SIGBUS, but never zeros. */
+    atomic_store(&region->guarded, true);
+    (void)lm_sys_protect(at, length, PROT_NONE);
+}
+
+/* Undo the second way of poison(), before pages that are about to be right become reachable. */
+static void heal(struct lm_region *region, unsigned char *at)
+{
+    if (atomic_load(&region->guarded))
+        (void)lm_sys_protect(at, (size_t)1 << region->table.chunk_shift, region->prot);
+}
+
+static void settle_failure(struct lm_region *region, uint64_t chunk, int code)
+{
+    unsigned char *at = region->base + (chunk << region->table.chunk_shift);
+
+    add(&region->counters.chunks_failed, 1);
+    pthread_mutex_lock(&lm_engine.lock);
+    lm_region_record_error_locked(region, chunk, code);
+    pthread_mutex_unlock(&lm_engine.lock);
+    if (region->backend == LM_BACKEND_EAGER) {
+        lm_table_publish(&region->table, chunk, LM_STATE_FAILED);
+        return;
+    }
+    pthread_rwlock_rdlock(&lm_engine.gate);
+    if (!lm_table_fail(&region->table, chunk)) {
+        /* Somebody touched it. The line comes first: the signal may end the process. */
+        lm_report_failed_touch(region, chunk, code);
+        poison(region, at);
+        lm_table_publish(&region->table, chunk, LM_STATE_POISONED);
+        wake(region, at, (size_t)1 << region->table.chunk_shift);
+    }
+    pthread_rwlock_unlock(&lm_engine.gate);
+}
+
+static void count_success(struct lm_region *region, const struct lm_task *task, size_t length)
+{
+    uint64_t waited;
+    int bucket;
+
+    add(&region->counters.bytes_populated, length);
+    if (task->kind == LM_TASK_PREFETCH) {
+        add(&region->counters.chunks_prefetch, 1);
+        return;
+    }
+    add(&region->counters.chunks_demand, 1);
+    waited = lm_sys_now_ns() - task->start_ns;
+    bucket = 63 - __builtin_clzll(waited | 1);
+    add(&region->counters.latency[bucket < LM_LATENCY_BUCKETS ? bucket : LM_LATENCY_BUCKETS - 1], 1);
+}
+
+/* A fault message for a chunk that is present: nearly always one that was sent before the chunk was
+ * put in place. A page that is truly missing was given back by the application (MADV_DONTNEED on
+ * memory it sees as its own): it gets the snapshot's bytes again, as a file mapping would. */
+static bool page_is_resident(const struct lm_task *task)
+{
+    unsigned char resident = 0;
+    uintptr_t page = (uintptr_t)(task->address & ~(uint64_t)(lm_sys_page_size() - 1));
+
+    return lm_sys_resident((void *)page, lm_sys_page_size(), &resident) == 0 && (resident & 1);
+}
+
+/* Where the chunk is decoded to. */
+static int prepare_target(struct lm_worker *worker, const struct lm_region *region, bool by_move,
+                          unsigned char *at, unsigned char **ret_target)
+{
+    size_t chunk_size = (size_t)1 << region->table.chunk_shift;
+    int error = 0;
+
+    if (region->backend == LM_BACKEND_EAGER) {
+        *ret_target = at;
+    } else if (by_move) {
+        error = grow_huge(worker, chunk_size);
+        *ret_target = worker->huge;
+    } else {
+        error = grow(&worker->plain, &worker->plain_length, chunk_size, 0);
+        *ret_target = worker->plain;
+    }
+    return error;
+}
+
+int lm_populate(struct lm_worker *worker, const struct lm_task *task)
+{
+    struct lm_region *region = task->region;
+    size_t chunk_size = (size_t)1 << region->table.chunk_shift;
+    unsigned char *at = region->base + (task->chunk << region->table.chunk_shift);
+    bool zeros = lm_table_record(&region->table, task->chunk) == NULL;
+    bool by_move = region->install == LM_INSTALL_MOVE && task->kind != LM_TASK_RECHECK && !zeros;
+    unsigned char *target = NULL;
+    uint64_t time;
+    int error = 0;
+
+    if (task->kind == LM_TASK_RECHECK && page_is_resident(task)) {
+        wake(region, at, chunk_size);
+        return 0;
+    }
+    if (!zeros) {
+        error = prepare_target(worker, region, by_move, at, &target);
+        if (error == 0)
+            error = produce(worker, region, task->chunk, target);
+    }
+    time = lm_sys_now_ns();
+    if (error == 0) {
+        pthread_rwlock_rdlock(&lm_engine.gate);
+        heal(region, at);
+        error = zeros ? install_zeros(region, at) : install(region, at, target, by_move);
+        if (error == 0) {
+            /* Counted first, so that whoever is woken finds its own fault in the counters. */
+            (void)lap(&region->counters.install_ns, time);
+            count_success(region, task, chunk_size);
+            lm_table_publish(&region->table, task->chunk, LM_STATE_PRESENT);
+            wake(region, at, chunk_size);
+        }
+        pthread_rwlock_unlock(&lm_engine.gate);
+    }
+    if (error < 0) {
+        if (task->kind == LM_TASK_RECHECK) /* take it back into LOADING, so that the failure has an owner */
+            lm_table_publish(&region->table, task->chunk, LM_STATE_LOADING | LM_TABLE_WANTED);
+        settle_failure(region, task->chunk, error);
+    }
+    return error;
+}

@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "queue.h"
+
+#include <stddef.h>
+
+void lm_queue_clear(struct lm_queue *queue)
+{
+    queue->task_head = queue->task_count = 0;
+    queue->span_head = queue->span_count = 0;
+}
+
+bool lm_queue_push_task(struct lm_queue *queue, const struct lm_task *task)
+{
+    if (queue->task_count == LM_QUEUE_TASKS)
+        return false;
+    queue->tasks[(queue->task_head + queue->task_count++) % LM_QUEUE_TASKS] = *task;
+    return true;
+}
+
+bool lm_queue_pop_task(struct lm_queue *queue, struct lm_task *ret_task)
+{
+    if (queue->task_count == 0)
+        return false;
+    *ret_task = queue->tasks[queue->task_head];
+    queue->task_head = (queue->task_head + 1) % LM_QUEUE_TASKS;
+    queue->task_count--;
+    return true;
+}
+
+bool lm_queue_push_span(struct lm_queue *queue, const struct lm_span *span)
+{
+    if (queue->span_count == LM_QUEUE_SPANS)
+        return false;
+    queue->spans[(queue->span_head + queue->span_count++) % LM_QUEUE_SPANS] = *span;
+    return true;
+}
+
+struct lm_span *lm_queue_first_span(struct lm_queue *queue)
+{
+    return queue->span_count == 0 ? NULL : &queue->spans[queue->span_head];
+}
+
+void lm_queue_pop_span(struct lm_queue *queue)
+{
+    queue->span_head = (queue->span_head + 1) % LM_QUEUE_SPANS;
+    queue->span_count--;
+}
+
+void lm_queue_drop_spans(struct lm_queue *queue, const struct lm_region *region)
+{
+    unsigned kept = 0, i;
+
+    for (i = 0; i < queue->span_count; i++) {
+        struct lm_span span = queue->spans[(queue->span_head + i) % LM_QUEUE_SPANS];
+
+        if (span.region != region)
+            queue->spans[(queue->span_head + kept++) % LM_QUEUE_SPANS] = span;
+    }
+    queue->span_count = kept;
+}

@@ -1,0 +1,578 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * region.c: the public face of a region: open, ask, wait, look, close. Owns the region's memory and
+ * its copies of everything that the caller described it with.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "engine.h"
+#include "sys.h"
+#include "uffd.h"
+
+/* Runs of zeros at least this long are not registered: the kernel's own zero pages serve them, without
+ * a fault message or a page table of ours. Shorter ones are not worth splitting the mapping. */
+#define LM_HOLE_BYTES ((uint64_t)64 << 20)
+/* Each hole costs two mappings of the 65,530 that a process may have. */
+#define LM_MAX_HOLES 1000
+
+#define LM_MAP_CHUNK ((size_t)2 << 20) /* what a plain mapping calls a chunk */
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#endif
+
+/* ---- one allocation for the region and all its small tables ---- */
+
+struct arena {
+    unsigned char *memory;
+    size_t used;
+};
+
+/* With memory NULL this only adds up. */
+static void *carve(struct arena *arena, size_t length)
+{
+    size_t at = (arena->used + 15) & ~(size_t)15;
+
+    arena->used = at + length;
+    return arena->memory == NULL ? NULL : arena->memory + at;
+}
+
+static void *carve_copy(struct arena *arena, const void *from, size_t length)
+{
+    void *copy = carve(arena, length);
+
+    if (copy != NULL && length > 0)
+        memcpy(copy, from, length);
+    return copy;
+}
+
+static uint64_t count_holes(const lm_region_spec *spec, uint64_t threshold)
+{
+    uint64_t i, count = 0;
+
+    for (i = 0; i < spec->run_count; i++)
+        count += spec->runs[i].first_record == LM_ZERO_RUN &&
+                 spec->runs[i].count >= threshold / spec->chunk_size;
+    return count;
+}
+
+static uint64_t choose_hole_size(const lm_region_spec *spec)
+{
+    uint64_t threshold = LM_HOLE_BYTES;
+
+    while (count_holes(spec, threshold) > LM_MAX_HOLES)
+        threshold *= 2;
+    return threshold;
+}
+
+static struct lm_region *lay_out(struct arena *arena, const lm_region_spec *spec, uint64_t holes)
+{
+    struct lm_region *region = carve(arena, sizeof *region);
+    struct lm_region sizes_only, *into = region == NULL ? &sizes_only : region;
+    size_t arrays = (size_t)spec->array_count;
+    size_t sources = (size_t)spec->source_count;
+    size_t names = arrays == 0 ? 0 : spec->name_offsets[arrays];
+
+    into->registered = carve(arena, (size_t)(holes + 1) * sizeof *into->registered);
+    into->fds = carve(arena, sources * sizeof *into->fds);
+    into->source_sizes = carve_copy(arena, spec->source_sizes, sources * sizeof *into->source_sizes);
+    into->url = carve_copy(arena, spec->url, strlen(spec->url) + 1);
+    into->array_offsets = carve_copy(arena, spec->array_offsets, arrays * sizeof *into->array_offsets);
+    into->array_lengths = carve_copy(arena, spec->array_lengths, arrays * sizeof *into->array_lengths);
+    into->name_offsets =
+        carve_copy(arena, spec->name_offsets, arrays == 0 ? 0 : (arrays + 1) * sizeof *into->name_offsets);
+    into->names = carve_copy(arena, spec->names, names);
+    return region;
+}
+
+static int allocate(const lm_region_spec *spec, uint64_t holes, struct lm_region **ret_region)
+{
+    struct arena arena = { 0 };
+    struct lm_region *region;
+    void *memory;
+    int error;
+
+    (void)lay_out(&arena, spec, holes);
+    error = lm_sys_alloc(arena.used, &memory);
+    if (error < 0)
+        return error;
+    arena = (struct arena){ .memory = memory };
+    region = lay_out(&arena, spec, holes);
+    region->memory = arena.used;
+    region->array_count = spec->array_count;
+    *ret_region = region;
+    return 0;
+}
+
+static void destroy(struct lm_region *region)
+{
+    int i;
+
+    lm_sys_free(region->base, region->size);
+    for (i = 0; i < region->source_count; i++)
+        lm_sys_close(region->fds[i]);
+    lm_table_destroy(&region->table);
+    lm_sys_free(region, region->memory);
+}
+
+/* ---- open ---- */
+
+static int check_spec(const lm_region_spec *spec)
+{
+    uint64_t i;
+
+    if (spec->chunk_size < (64u << 10) || spec->chunk_size > (64u << 20) ||
+        (spec->chunk_size & (spec->chunk_size - 1)) != 0 || spec->chunk_size < lm_sys_page_size() ||
+        spec->content_size == 0 || spec->content_size > (UINT64_C(1) << 46) ||
+        spec->source_count < 0 || spec->source_count > 65535 || spec->url == NULL)
+        return -EINVAL;
+    if (spec->backend < LM_BACKEND_UFFD || spec->backend > LM_BACKEND_EAGER)
+        return -EINVAL;
+    for (i = 0; i < spec->array_count; i++)
+        if (spec->name_offsets[i] > spec->name_offsets[i + 1])
+            return -EINVAL;
+    return 0;
+}
+
+static int duplicate_sources(struct lm_region *region, const lm_region_spec *spec)
+{
+    int i;
+
+    for (i = 0; i < spec->source_count; i++) {
+        int fd = lm_sys_dup(spec->fds[i]);
+
+        if (fd < 0)
+            return fd;
+        region->fds[region->source_count++] = fd;
+    }
+    return 0;
+}
+
+/* COPY, unless the caller asks: MOVE must have both sides writable, so mode "r" would rest on numpy's
+ * flag alone, and whether it is faster changes from machine to machine (DESIGN.md, benchmarks). */
+static int choose_install(const lm_region_spec *spec, const struct lm_uffd *uffd)
+{
+    bool can = uffd != NULL && (uffd->can & LM_CAN_MOVE) && spec->chunk_size % LM_HUGE_PAGE == 0;
+
+    if (spec->install == LM_INSTALL_MOVE && !can)
+        return LM_E_FEATURE;
+    return spec->install == LM_INSTALL_MOVE ? LM_INSTALL_MOVE : LM_INSTALL_COPY;
+}
+
+static int add_registered(struct lm_region *region, uint64_t start, uint64_t end)
+{
+    uint64_t ioctls;
+    int error;
+
+    if (start == end)
+        return 0;
+    error = lm_uffd_register(lm_engine.uffds[region->uffd].fd, (uintptr_t)region->base + start,
+                             end - start, &ioctls);
+    if (error == 0)
+        region->registered[region->registered_count++] =
+            (struct lm_extent){ .start = start, .length = end - start };
+    return error;
+}
+
+static int register_ranges(struct lm_region *region, uint64_t hole_size)
+{
+    const struct lm_table *table = &region->table;
+    uint64_t start = 0, i;
+    int error = 0;
+
+    for (i = 0; i < table->run_count && error == 0; i++) {
+        const lm_run *run = &table->runs[i];
+        uint64_t first = run->first_chunk << table->chunk_shift;
+        uint64_t length = run->count << table->chunk_shift;
+
+        if (run->first_record != LM_ZERO_RUN || length < hole_size)
+            continue;
+        error = add_registered(region, start, first);
+        start = first + length;
+    }
+    return error < 0 ? error : add_registered(region, start, region->size);
+}
+
+/* lifecycle is held; on failure the caller destroys the region. */
+static int attach_locked(struct lm_region *region, const lm_region_spec *spec, uint64_t hole_size)
+{
+    const struct lm_uffd *uffd = NULL;
+    void *base;
+    int error = 0;
+
+    if (spec->backend != LM_BACKEND_EAGER) {
+        error = lm_engine_uffd_locked(spec->backend, &region->uffd);
+        if (error < 0)
+            return error;
+        uffd = &lm_engine.uffds[region->uffd];
+    }
+    region->install = choose_install(spec, uffd);
+    if (region->install < 0)
+        return region->install;
+    region->prot = PROT_READ;
+    if (spec->writable || region->install == LM_INSTALL_MOVE || uffd == NULL)
+        region->prot |= PROT_WRITE;
+    error = lm_sys_reserve(region->size, LM_HUGE_PAGE, region->prot, &base);
+    if (error < 0)
+        return error;
+    region->base = base;
+    if (uffd != NULL)
+        error = register_ranges(region, hole_size);
+    return error < 0 ? error : lm_engine_insert(region);
+}
+
+int lm_region_open(const lm_region_spec *spec, lm_region **ret_region)
+{
+    struct lm_region *region;
+    uint64_t hole_size;
+    int error = check_spec(spec);
+
+    if (error < 0)
+        return error;
+    hole_size = choose_hole_size(spec);
+    error = allocate(spec, count_holes(spec, hole_size), &region);
+    if (error < 0)
+        return error;
+    region->backend = spec->backend;
+    region->writable = spec->writable != 0;
+    region->readahead = spec->readahead;
+    region->ahead.last = UINT64_MAX - 1; /* no chunk follows it */
+    error = lm_table_init(&region->table, spec);
+    region->size = region->table.chunk_count << region->table.chunk_shift;
+    if (error == 0)
+        error = duplicate_sources(region, spec);
+    if (error == 0) {
+        pthread_mutex_lock(&lm_engine.lifecycle);
+        error = lm_engine_acquire_locked(spec->threads);
+        if (error == 0) {
+            error = attach_locked(region, spec, hole_size);
+            if (error < 0)
+                lm_engine_release_locked();
+        }
+        pthread_mutex_unlock(&lm_engine.lifecycle);
+    }
+    if (error < 0) {
+        destroy(region);
+        return error;
+    }
+    *ret_region = region;
+    return 0;
+}
+
+static int map_pieces(struct lm_region *region, const lm_map_piece *pieces, uint64_t count)
+{
+    uint64_t i;
+    int error = 0;
+
+    for (i = 0; i < count && error == 0; i++) {
+        const lm_map_piece *piece = &pieces[i];
+
+        if (piece->region_offset > region->size || piece->length == 0 ||
+            piece->length > region->size - piece->region_offset)
+            return -EINVAL;
+        error = lm_sys_map_fixed(region->base + piece->region_offset, piece->length, region->prot,
+                                 region->writable ? MAP_PRIVATE : MAP_SHARED, piece->fd,
+                                 piece->file_offset);
+    }
+    return error;
+}
+
+int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece_count, int writable,
+                       lm_region **ret_region)
+{
+    struct lm_region *region;
+    size_t page = lm_sys_page_size();
+    void *memory, *base;
+    int error;
+
+    if (size == 0 || size > (UINT64_C(1) << 46))
+        return -EINVAL;
+    error = lm_sys_alloc(sizeof *region, &memory);
+    if (error < 0)
+        return error;
+    region = memory;
+    region->memory = sizeof *region;
+    region->backend = LM_BACKEND_MAP;
+    region->writable = writable != 0;
+    region->prot = PROT_READ | (writable ? PROT_WRITE : 0);
+    region->size = (size + page - 1) & ~(uint64_t)(page - 1);
+    error = lm_sys_reserve(region->size, LM_HUGE_PAGE, region->prot, &base);
+    if (error == 0) {
+        region->base = base;
+        error = map_pieces(region, pieces, piece_count);
+    }
+    if (error < 0) {
+        destroy(region);
+        return error;
+    }
+    *ret_region = region;
+    return 0;
+}
+
+int lm_region_seal(lm_region *region)
+{
+    return region->writable ? 0 : lm_sys_protect(region->base, region->size, PROT_READ);
+}
+
+/* ---- close ---- */
+
+void lm_region_close_begin(lm_region *region)
+{
+    if (region->backend == LM_BACKEND_MAP)
+        return;
+    pthread_mutex_lock(&lm_engine.lock);
+    region->closing = true;
+    lm_queue_drop_spans(&lm_engine.queue, region);
+    pthread_cond_broadcast(&lm_engine.progress);
+    pthread_mutex_unlock(&lm_engine.lock);
+}
+
+void lm_region_close_end(lm_region *region)
+{
+    if (region->backend == LM_BACKEND_MAP) {
+        destroy(region);
+        return;
+    }
+    pthread_mutex_lock(&lm_engine.lock);
+    while (region->tasks > 0)
+        pthread_cond_wait(&lm_engine.progress, &lm_engine.lock);
+    pthread_mutex_unlock(&lm_engine.lock);
+    pthread_mutex_lock(&lm_engine.lifecycle);
+    lm_engine_remove(region);
+    destroy(region);
+    lm_engine_release_locked();
+    pthread_mutex_unlock(&lm_engine.lifecycle);
+}
+
+/* ---- look ---- */
+
+void *lm_region_address(lm_region *region) { return region->base; }
+uint64_t lm_region_size(lm_region *region) { return region->size; }
+int lm_region_backend(lm_region *region) { return region->backend; }
+int lm_region_install(lm_region *region) { return region->install; }
+
+uint64_t lm_region_chunk_count(lm_region *region)
+{
+    if (region->backend == LM_BACKEND_MAP)
+        return (region->size + LM_MAP_CHUNK - 1) / LM_MAP_CHUNK;
+    return region->table.chunk_count;
+}
+
+uint64_t lm_region_chunk_size(lm_region *region)
+{
+    return region->backend == LM_BACKEND_MAP ? LM_MAP_CHUNK
+                                             : UINT64_C(1) << region->table.chunk_shift;
+}
+
+static int map_states(lm_region *region, uint64_t first, uint64_t count, uint8_t *ret_states)
+{
+    uint64_t i;
+
+    for (i = 0; i < count; i++) {
+        unsigned char resident = 0;
+        int error = lm_sys_resident(region->base + (first + i) * LM_MAP_CHUNK, 1, &resident);
+
+        if (error < 0)
+            return error;
+        ret_states[i] = (resident & 1) ? LM_STATE_PRESENT : LM_STATE_ABSENT;
+    }
+    return 0;
+}
+
+int lm_region_states(lm_region *region, uint64_t first, uint64_t count, uint8_t *ret_states)
+{
+    uint64_t chunks = lm_region_chunk_count(region), i;
+
+    if (first > chunks || count > chunks - first)
+        return -EINVAL;
+    if (region->backend == LM_BACKEND_MAP)
+        return map_states(region, first, count, ret_states);
+    for (i = 0; i < count; i++)
+        ret_states[i] = lm_table_record(&region->table, first + i) == NULL
+                            ? LM_STATE_PRESENT
+                            : lm_table_state(&region->table, first + i) & LM_TABLE_STATE;
+    return 0;
+}
+
+void lm_region_stats(lm_region *region, lm_stats *ret_stats)
+{
+    const struct lm_counters *from = &region->counters;
+    int i;
+
+    *ret_stats = (lm_stats){
+        .faults = atomic_load(&from->faults),
+        .chunks_demand = atomic_load(&from->chunks_demand),
+        .chunks_prefetch = atomic_load(&from->chunks_prefetch),
+        .chunks_failed = atomic_load(&from->chunks_failed),
+        .bytes_populated = atomic_load(&from->bytes_populated),
+        .bytes_read = atomic_load(&from->bytes_read),
+        .reads = atomic_load(&from->reads),
+        .read_ns = atomic_load(&from->read_ns),
+        .check_ns = atomic_load(&from->check_ns),
+        .decode_ns = atomic_load(&from->decode_ns),
+        .install_ns = atomic_load(&from->install_ns),
+        .moved_chunks = atomic_load(&from->moved_chunks),
+    };
+    for (i = 0; i < LM_LATENCY_BUCKETS; i++)
+        ret_stats->latency[i] = atomic_load(&from->latency[i]);
+}
+
+uint64_t lm_region_array_end(const struct lm_region *region, uint64_t chunk)
+{
+    uint64_t start = chunk << region->table.chunk_shift;
+    uint64_t size = UINT64_C(1) << region->table.chunk_shift;
+    uint64_t array = lm_report_find_array(region, start, start + size);
+
+    if (region->array_count == 0)
+        return region->table.chunk_count;
+    if (array == region->array_count)
+        return chunk + 1;
+    return (region->array_offsets[array] + region->array_lengths[array] + size - 1) >>
+           region->table.chunk_shift;
+}
+
+/* ---- ask and wait ---- */
+
+static int map_prefetch(lm_region *region, uint64_t first, uint64_t count)
+{
+    uint64_t start = first * LM_MAP_CHUNK, end = (first + count) * LM_MAP_CHUNK;
+
+    return lm_sys_advise(region->base + start, (end < region->size ? end : region->size) - start,
+                         MADV_WILLNEED);
+}
+
+int lm_region_prefetch(lm_region *region, uint64_t first, uint64_t count)
+{
+    struct lm_span span = { .region = region, .next = first, .end = first + count };
+    uint64_t chunks = lm_region_chunk_count(region), i;
+    int error;
+
+    if (first > chunks || count > chunks - first)
+        return -EINVAL;
+    if (count == 0)
+        return 0;
+    if (region->backend == LM_BACKEND_MAP)
+        return map_prefetch(region, first, count);
+
+    pthread_mutex_lock(&lm_engine.lifecycle);
+    error = lm_engine_threads_locked(true);
+    pthread_mutex_unlock(&lm_engine.lifecycle);
+    if (error < 0)
+        return error;
+    pthread_mutex_lock(&lm_engine.lock);
+    if (region->closing)
+        error = LM_E_CLOSED;
+    else if (!lm_queue_push_span(&lm_engine.queue, &span))
+        error = -EAGAIN;
+    else if (region->error_count > 0) /* whatever failed is asked for again, and so may heal */
+        for (i = first; i < first + count; i++)
+            lm_table_reset(&region->table, i);
+    if (error == 0)
+        pthread_cond_broadcast(&lm_engine.work);
+    pthread_mutex_unlock(&lm_engine.lock);
+    return error;
+}
+
+void lm_region_record_error_locked(struct lm_region *region, uint64_t chunk, int code)
+{
+    unsigned slot = region->error_count++ % LM_ERROR_SLOTS;
+
+    region->errors[slot].chunk = chunk;
+    region->errors[slot].code = code;
+}
+
+static int find_error_locked(const struct lm_region *region, uint64_t chunk)
+{
+    unsigned kept = region->error_count < LM_ERROR_SLOTS ? region->error_count : LM_ERROR_SLOTS;
+    unsigned i;
+
+    for (i = 1; i <= kept; i++) {
+        unsigned slot = (region->error_count - i) % LM_ERROR_SLOTS;
+
+        if (region->errors[slot].chunk == chunk)
+            return region->errors[slot].code;
+    }
+    return -EIO; /* it failed, but so did many since */
+}
+
+/* 1: all there. 0: not yet. Negative: a chunk failed. */
+static int scan_locked(lm_region *region, uint64_t end, uint64_t *cursor, uint64_t *ret_chunk)
+{
+    while (*cursor < end) {
+        const lm_run *run = lm_table_run(&region->table, *cursor);
+        uint8_t state = lm_table_state(&region->table, *cursor);
+
+        if (run->first_record == LM_ZERO_RUN) {
+            *cursor = run->first_chunk + run->count;
+        } else if (state == LM_STATE_PRESENT) {
+            ++*cursor;
+        } else if (state == LM_STATE_FAILED || state == LM_STATE_POISONED) {
+            *ret_chunk = *cursor;
+            return find_error_locked(region, *cursor);
+        } else {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+static void deadline_after(int timeout_ms, struct timespec *ret_deadline)
+{
+    uint64_t at = lm_sys_now_ns() + (uint64_t)timeout_ms * 1000000u;
+
+    ret_deadline->tv_sec = (time_t)(at / 1000000000u);
+    ret_deadline->tv_nsec = (long)(at % 1000000000u);
+}
+
+static int map_wait(lm_region *region, uint64_t end, int timeout_ms, uint64_t *cursor,
+                    uint64_t *ret_chunk)
+{
+    uint64_t until = lm_sys_now_ns() + (uint64_t)timeout_ms * 1000000u;
+
+    while (*cursor < end) {
+        uint64_t start = *cursor * LM_MAP_CHUNK, left = region->size - start;
+        int error = lm_sys_advise(region->base + start, left < LM_MAP_CHUNK ? left : LM_MAP_CHUNK,
+                                  MADV_POPULATE_READ);
+
+        if (error == -EFAULT || error == -EHWPOISON) { /* where a touch would raise SIGBUS */
+            *ret_chunk = *cursor;
+            return error == -EFAULT ? LM_E_SHORT : -EIO;
+        }
+        /* Other refusals (EINVAL before Linux 5.14): pages come on touch, as with any mapping. */
+        ++*cursor;
+        if (lm_sys_now_ns() > until)
+            return *cursor >= end;
+    }
+    return 1;
+}
+
+int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeout_ms,
+                   uint64_t *cursor, uint64_t *ret_chunk)
+{
+    uint64_t chunks = lm_region_chunk_count(region);
+    struct timespec deadline;
+    int result, late = 0;
+
+    if (first > chunks || count > chunks - first || *cursor < first)
+        return -EINVAL;
+    if (region->backend == LM_BACKEND_MAP)
+        return map_wait(region, first + count, timeout_ms, cursor, ret_chunk);
+    deadline_after(timeout_ms, &deadline);
+    pthread_mutex_lock(&lm_engine.lock);
+    for (;;) {
+        result = region->closing ? LM_E_CLOSED : scan_locked(region, first + count, cursor, ret_chunk);
+        if (result != 0 || late != 0)
+            break;
+        late = pthread_cond_timedwait(&lm_engine.progress, &lm_engine.lock, &deadline);
+    }
+    pthread_mutex_unlock(&lm_engine.lock);
+    return result;
+}
+
+void lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length)
+{
+    memcpy(out, region->base + offset, length);
+}

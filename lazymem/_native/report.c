@@ -1,0 +1,93 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * report.c: the one line that a failed touch prints. Built on the stack and written with write(2): the
+ * thread that is about to get SIGBUS may hold any lock of the C library or of Python.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "engine.h"
+
+static const char *cause(int code, char *buffer, size_t length)
+{
+    switch (code) {
+    case LM_E_SHORT: return "the file ends before the chunk does";
+    case LM_E_CHECKSUM: return "the stored bytes do not match their checksum";
+    case LM_E_DECODE: return "the stored bytes do not decode to the chunk's size";
+    case LM_E_RECORD: return "the chunk's record is not valid";
+    case LM_E_CODEC: return "the decoder for this chunk is not installed";
+    default:
+        /* strerror_r: no translation catalogue, hence no allocation, in the "C" and "POSIX" forms of
+         * its common messages; the number stands beside it in any case. */
+        snprintf(buffer, length, "errno %d (%s)", -code, strerrordesc_np(-code));
+        return buffer;
+    }
+}
+
+static void print(const char *line, int length, size_t capacity)
+{
+    size_t left = (size_t)length < capacity ? (size_t)length : capacity - 1;
+
+    while (left > 0) {
+        ssize_t wrote = write(STDERR_FILENO, line, left);
+
+        if (wrote <= 0 && errno != EINTR)
+            return;
+        if (wrote > 0) {
+            line += wrote;
+            left -= (size_t)wrote;
+        }
+    }
+}
+
+uint64_t lm_report_find_array(const struct lm_region *region, uint64_t start, uint64_t end)
+{
+    uint64_t low = 0, high = region->array_count;
+
+    /* The first array that ends after start: arrays are sorted and do not overlap. */
+    while (low < high) {
+        uint64_t middle = low + (high - low) / 2;
+
+        if (region->array_offsets[middle] + region->array_lengths[middle] <= start)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < region->array_count && region->array_offsets[low] < end ? low : region->array_count;
+}
+
+void lm_report_failed_touch(const struct lm_region *region, uint64_t chunk, int code)
+{
+    uint64_t start = chunk << region->table.chunk_shift;
+    uint64_t end = start + lm_table_raw_length(&region->table, chunk);
+    uint64_t array = lm_report_find_array(region, start, end);
+    char line[4096], text[128], name[600] = "";
+    int length;
+
+    if (array < region->array_count) {
+        uint32_t from = region->name_offsets[array], to = region->name_offsets[array + 1];
+
+        snprintf(name, sizeof name, "array '%.*s', ", to - from > 512 ? 512 : (int)(to - from),
+                 region->names + from);
+    }
+    length = snprintf(line, sizeof line,
+                      "lazymem: SIGBUS follows: touched memory cannot be filled: %.2048s: chunk %llu "
+                      "(%sbytes %llu to %llu of the content): %s; `lazymem verify` lists all bad chunks\n",
+                      region->url, (unsigned long long)chunk, name, (unsigned long long)start,
+                      (unsigned long long)end - 1, cause(code, text, sizeof text));
+    print(line, length, sizeof line);
+}
+
+void lm_report_lost_region(const struct lm_region *region, int code)
+{
+    char line[4096], text[128];
+    int length = snprintf(line, sizeof line,
+                          "lazymem: after fork: %.2048s: its memory cannot be served in this child "
+                          "process and raises SIGSEGV when touched: %s\n",
+                          region->url, cause(code, text, sizeof text));
+
+    print(line, length, sizeof line);
+}

@@ -1,0 +1,161 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "sys.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "lazymem.h"
+
+#define LM_THREAD_STACK ((size_t)512 << 10) /* zstd's decoder keeps its tables in its context */
+
+uint64_t lm_sys_now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+size_t lm_sys_page_size(void)
+{
+    return (size_t)sysconf(_SC_PAGESIZE);
+}
+
+int lm_sys_cpu_count(void)
+{
+    cpu_set_t set;
+
+    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+        int count = CPU_COUNT(&set);
+
+        if (count > 0)
+            return count;
+    }
+    return 1;
+}
+
+int lm_sys_ioctl(int fd, unsigned long request, void *argument)
+{
+    int result = ioctl(fd, request, argument);
+
+    return result < 0 ? -errno : result;
+}
+
+int lm_sys_pread_full(int fd, void *buffer, size_t length, uint64_t offset)
+{
+    char *out = buffer;
+
+    while (length > 0) {
+        ssize_t got = pread(fd, out, length, (off_t)offset);
+
+        if (got < 0) {
+            if (errno == EINTR)
+                continue;
+            return -errno;
+        }
+        if (got == 0)
+            return LM_E_SHORT;
+        out += got;
+        length -= (size_t)got;
+        offset += (uint64_t)got;
+    }
+    return 0;
+}
+
+int lm_sys_dup(int fd)
+{
+    int copy = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+
+    return copy < 0 ? -errno : copy;
+}
+
+void lm_sys_close(int fd)
+{
+    if (fd >= 0)
+        (void)close(fd); /* EINTR from close(2) on Linux: the descriptor is gone all the same */
+}
+
+int lm_sys_alloc(size_t length, void **ret_memory)
+{
+    void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    if (memory == MAP_FAILED)
+        return -errno;
+    *ret_memory = memory;
+    return 0;
+}
+
+void lm_sys_free(void *memory, size_t length)
+{
+    if (memory != NULL)
+        (void)munmap(memory, length);
+}
+
+int lm_sys_reserve(size_t length, size_t alignment, int prot, void **ret_memory)
+{
+    size_t span;
+    char *start;
+    size_t lead;
+    void *memory;
+
+    if (__builtin_add_overflow(length, alignment, &span))
+        return -ENOMEM;
+    memory = mmap(NULL, span, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED)
+        return -errno;
+    start = memory;
+    lead = (alignment - (uintptr_t)start % alignment) % alignment;
+    if (lead > 0)
+        (void)munmap(start, lead);
+    (void)munmap(start + lead + length, span - lead - length);
+    *ret_memory = start + lead;
+    return 0;
+}
+
+int lm_sys_map_fixed(void *address, size_t length, int prot, int flags, int fd, uint64_t offset)
+{
+    void *memory = mmap(address, length, prot, flags | MAP_FIXED, fd, (off_t)offset);
+
+    return memory == MAP_FAILED ? -errno : 0;
+}
+
+int lm_sys_protect(void *address, size_t length, int prot)
+{
+    return mprotect(address, length, prot) < 0 ? -errno : 0;
+}
+
+int lm_sys_advise(void *address, size_t length, int advice)
+{
+    return madvise(address, length, advice) < 0 ? -errno : 0;
+}
+
+int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages)
+{
+    return mincore(address, length, ret_pages) < 0 ? -errno : 0;
+}
+
+int lm_sys_thread_start(pthread_t *ret_thread, void *(*run)(void *), void *argument)
+{
+    pthread_attr_t attributes;
+    sigset_t all, before;
+    int error;
+
+    error = pthread_attr_init(&attributes);
+    if (error != 0)
+        return -error;
+    (void)pthread_attr_setstacksize(&attributes, LM_THREAD_STACK);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    error = pthread_create(ret_thread, &attributes, run, argument);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    return -error;
+}

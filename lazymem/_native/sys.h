@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * sys.h: every call that this core makes into the operating system and that can fail.
+ * One layer, so that errors have one convention (0 or a count, else a negative errno) and so that
+ * tests can put failures underneath it. Owns no state.
+ */
+#ifndef LM_SYS_H
+#define LM_SYS_H
+
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define LM_HUGE_PAGE ((size_t)2 << 20)
+
+uint64_t lm_sys_now_ns(void); /* CLOCK_MONOTONIC */
+size_t lm_sys_page_size(void);
+int lm_sys_cpu_count(void); /* this thread's affinity */
+
+int lm_sys_ioctl(int fd, unsigned long request, void *argument);
+/* All of length bytes, or LM_E_SHORT at the end of the file, or -errno. */
+int lm_sys_pread_full(int fd, void *buffer, size_t length, uint64_t offset);
+int lm_sys_dup(int fd); /* close-on-exec */
+void lm_sys_close(int fd);
+
+/* Anonymous private memory from mmap, never from malloc: the fault path must not wait for an arena
+ * lock that the faulting thread may hold. */
+int lm_sys_alloc(size_t length, void **ret_memory);
+void lm_sys_free(void *memory, size_t length);
+/* The same at a multiple of alignment (a power of two, at least a page). */
+int lm_sys_reserve(size_t length, size_t alignment, int prot, void **ret_memory);
+int lm_sys_map_fixed(void *address, size_t length, int prot, int flags, int fd, uint64_t offset);
+int lm_sys_protect(void *address, size_t length, int prot);
+int lm_sys_advise(void *address, size_t length, int advice);
+int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages);
+
+/* A thread with all signals blocked: the application's handlers never run on it. */
+int lm_sys_thread_start(pthread_t *ret_thread, void *(*run)(void *), void *argument);
+
+#endif

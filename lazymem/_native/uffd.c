@@ -1,0 +1,229 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "uffd.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "lazymem.h"
+#include "sys.h"
+
+#define LM_REGISTER_MISSING UINT64_C(1)
+#define LM_MODE_DONTWAKE    UINT64_C(1)
+#define LM_USER_MODE_ONLY   1
+
+/* EAGAIN without progress: another thread is changing the address space. It ends when that thread
+ * leaves the kernel; a count this large is minutes of yielding, that is, never. */
+#define LM_STALL_LIMIT 100000000
+
+static int open_descriptor(int way)
+{
+    long fd;
+
+    if (way == LM_WAY_DEVICE) {
+        int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+
+        if (device < 0)
+            return -errno;
+        fd = lm_sys_ioctl(device, LM_UFFD_IOC_NEW, (void *)(uintptr_t)(O_CLOEXEC | O_NONBLOCK));
+        lm_sys_close(device);
+        return (int)fd;
+    }
+    fd = syscall(SYS_userfaultfd,
+                 O_CLOEXEC | O_NONBLOCK | (way == LM_WAY_USER_ONLY ? LM_USER_MODE_ONLY : 0));
+    return fd < 0 ? -errno : (int)fd;
+}
+
+int lm_uffd_open(int way, int *ret_fd, uint64_t *ret_features)
+{
+    struct lm_uffd_api api = { .api = LM_UFFD_API_VERSION };
+    int fd = open_descriptor(way);
+    int error;
+
+    if (fd < 0)
+        return fd;
+    error = lm_sys_ioctl(fd, LM_UFFDIO_API, &api);
+    if (error < 0) {
+        lm_sys_close(fd);
+        return error;
+    }
+    *ret_fd = fd;
+    *ret_features = api.features;
+    return 0;
+}
+
+int lm_uffd_read(int fd, struct lm_uffd_message *ret_messages, int capacity)
+{
+    ssize_t got = read(fd, ret_messages, (size_t)capacity * sizeof *ret_messages);
+
+    if (got < 0)
+        return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+    return (int)((size_t)got / sizeof *ret_messages);
+}
+
+int lm_uffd_register(int fd, uintptr_t start, size_t length, uint64_t *ret_ioctls)
+{
+    struct lm_uffd_register request = {
+        .range = { .start = start, .length = length },
+        .mode = LM_REGISTER_MISSING,
+    };
+    int error = lm_sys_ioctl(fd, LM_UFFDIO_REGISTER, &request);
+
+    if (error < 0)
+        return error;
+    *ret_ioctls = request.ioctls;
+    return 0;
+}
+
+int lm_uffd_unregister(int fd, uintptr_t start, size_t length)
+{
+    struct lm_uffd_range range = { .start = start, .length = length };
+
+    return lm_sys_ioctl(fd, LM_UFFDIO_UNREGISTER, &range);
+}
+
+int lm_uffd_wake(int fd, uintptr_t start, size_t length)
+{
+    struct lm_uffd_range range = { .start = start, .length = length };
+
+    return lm_sys_ioctl(fd, LM_UFFDIO_WAKE, &range);
+}
+
+/* What one ioctl over the rest of a range came to: add to *done, or stop. */
+static int advance(int error, int64_t reported, size_t *done, size_t page, int *stalls)
+{
+    if (error >= 0 || reported > 0) {
+        *done += (size_t)reported;
+        *stalls = 0;
+        return 0;
+    }
+    if (error == -EEXIST) {
+        *done += page;
+        return 0;
+    }
+    if (error == -EAGAIN && ++*stalls < LM_STALL_LIMIT) {
+        sched_yield();
+        return 0;
+    }
+    return error;
+}
+
+int lm_uffd_copy(int fd, uintptr_t to, const void *from, size_t length)
+{
+    size_t page = lm_sys_page_size(), done = 0;
+    int stalls = 0, error = 0;
+
+    while (done < length && error == 0) {
+        struct lm_uffd_transfer request = {
+            .to = to + done,
+            .from = (uintptr_t)from + done,
+            .length = length - done,
+            .mode = LM_MODE_DONTWAKE,
+        };
+
+        error = lm_sys_ioctl(fd, LM_UFFDIO_COPY, &request);
+        error = advance(error, request.done, &done, page, &stalls);
+    }
+    return error;
+}
+
+static int fill(int fd, unsigned long number, uintptr_t start, size_t length)
+{
+    size_t page = lm_sys_page_size(), done = 0;
+    int stalls = 0, error = 0;
+
+    while (done < length && error == 0) {
+        struct lm_uffd_fill request = {
+            .range = { .start = start + done, .length = length - done },
+            .mode = LM_MODE_DONTWAKE,
+        };
+
+        error = lm_sys_ioctl(fd, number, &request);
+        error = advance(error, request.done, &done, page, &stalls);
+    }
+    return error;
+}
+
+int lm_uffd_zero(int fd, uintptr_t start, size_t length)
+{
+    return fill(fd, LM_UFFDIO_ZEROPAGE, start, length);
+}
+
+int lm_uffd_poison(int fd, uintptr_t start, size_t length)
+{
+    return fill(fd, LM_UFFDIO_POISON, start, length);
+}
+
+int lm_uffd_move(int fd, uintptr_t to, void *from, size_t length, size_t *ret_moved)
+{
+    size_t moved = 0;
+    int stalls = 0, error = 0;
+
+    while (moved < length && error == 0) {
+        struct lm_uffd_transfer request = {
+            .to = to + moved,
+            .from = (uintptr_t)from + moved,
+            .length = length - moved,
+            .mode = LM_MODE_DONTWAKE,
+        };
+
+        error = lm_sys_ioctl(fd, LM_UFFDIO_MOVE, &request);
+        if (error == -EEXIST)
+            break; /* unlike COPY: the source page stays, so the caller decides */
+        error = advance(error, request.done, &moved, 0, &stalls);
+    }
+    *ret_moved = moved;
+    return error;
+}
+
+/* Try each operation once on a throw-away page, because a feature bit tells what the kernel was built
+ * with, not what a sandbox lets through. */
+static unsigned try_operations(int fd, uint64_t features, unsigned char *pages, unsigned char *source)
+{
+    size_t page = lm_sys_page_size(), moved;
+    uintptr_t at = (uintptr_t)pages;
+    unsigned can = 0;
+
+    if (lm_uffd_copy(fd, at, source, page) == 0)
+        can |= LM_CAN_COPY;
+    if (lm_uffd_zero(fd, at + page, page) == 0)
+        can |= LM_CAN_ZEROPAGE;
+    if (lm_uffd_wake(fd, at, page) == 0)
+        can |= LM_CAN_WAKE;
+    if ((features & LM_UFFD_FEATURE_POISON) && lm_uffd_poison(fd, at + 2 * page, page) == 0)
+        can |= LM_CAN_POISON;
+    if ((features & LM_UFFD_FEATURE_MOVE) && lm_uffd_move(fd, at + 3 * page, source, page, &moved) == 0)
+        can |= LM_CAN_MOVE;
+    return can;
+}
+
+int lm_probe_way(int way, lm_way_report *ret_report)
+{
+    lm_way_report report = { 0 };
+    size_t page = lm_sys_page_size();
+    void *memory;
+    int fd, error;
+
+    if (way < 0 || way >= LM_WAY_COUNT)
+        return -EINVAL;
+    error = lm_sys_alloc(5 * page, &memory);
+    if (error < 0)
+        return error;
+    report.error = -lm_uffd_open(way, &fd, &report.features);
+    if (report.error == 0) {
+        unsigned char *pages = memory, *source = pages + 4 * page;
+
+        source[0] = 1;
+        report.error = -lm_uffd_register(fd, (uintptr_t)pages, 4 * page, &report.ioctls);
+        if (report.error == 0)
+            report.can = try_operations(fd, report.features, pages, source);
+        lm_sys_close(fd);
+    }
+    lm_sys_free(memory, 5 * page);
+    *ret_report = report;
+    return 0;
+}

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`build`: makes a snapshot file of arrays, containers, streams or another snapshot.
+
+Owns what happens to the destination: it appears whole and synced, or not at all.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import stat
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Final, cast
+
+from ..containers.base import Directory
+from ..containers.detect import open_container
+from ..errors import BuildError, OptionError
+from ..format import structs
+from ..format.index import is_snapshot
+from ..format.writer import SnapshotWriter, metadata_section
+from ..options import DEFAULT_CHUNK_SIZE, BuildOptions
+from ..store.local import AtomicFile, LocalBlob
+from .containers import ContainerSource, combine
+from .sources import ArraySource, SnapshotSource, Source, StreamSource, file_name_of
+
+#: Bytes between two calls of `progress`.
+_PROGRESS_STEP: Final = 1 << 20
+
+StrPath = str | os.PathLike[str]
+Progress = Callable[[int, int | None], None]
+BuildSource = StrPath | Mapping[str, Any] | Sequence[StrPath] | BinaryIO
+
+
+@dataclass(frozen=True, slots=True)
+class BuildReport:
+    """What `build` made. arrays: without hidden ones. Sizes in bytes.
+
+    content_bytes: of the region that shows the snapshot. source_bytes: of what went in.
+    chunks: all of them; zero_chunks take no bytes, raw_chunks did not shrink. digest: hexadecimal.
+    """
+
+    path: str
+    arrays: int
+    content_bytes: int
+    source_bytes: int
+    file_bytes: int
+    chunks: int
+    zero_chunks: int
+    raw_chunks: int
+    digest: str
+    seconds: float
+
+
+def build(
+    source: BuildSource,
+    destination: StrPath,
+    *,
+    codec: str = "zstd",
+    level: int | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    planes: bool | None = None,
+    threads: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    array_metadata: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = True,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Build the snapshot file `destination` from `source`, and say what was built.
+
+    source: a mapping of names to arrays; the path of a container (.npy, .npz, .safetensors, a folder
+        or index of shards), of a snapshot, or of any other file, whose bytes become the array
+        "data"; a list of such paths; a binary file object; or "-" for standard input.
+    codec, level, chunk_size, planes, threads: see `BuildOptions`.
+    metadata, array_metadata: JSON, kept with what the source says, over which they win.
+    overwrite: False refuses an existing destination. Source and destination may be one file.
+    progress: called with (bytes done, bytes in all or None).
+
+    Blocks. Needs memory for (5 threads + 6) chunks and 64 bytes per stored chunk, whatever the size
+    of the source; only arrays of a mapping are in memory already. The destination appears, synced,
+    when everything is written; a build that fails or is killed leaves nothing that looks like one.
+
+    Raises `BuildError`, `AccessDenied`, `OptionError`, `UnsupportedDtype`, and what reading the
+    source raises: `SnapshotNotFound`, `FormatError`, `ReadError`, `ChunkCorrupt`.
+    """
+    started = time.monotonic()
+    options = BuildOptions(codec, level, chunk_size, planes, threads)
+    path = os.fspath(destination)
+    if "://" in path:
+        raise BuildError(f"{path}: is a URL; build to a local path and copy the file there")
+    metadata_section(metadata or {}, array_metadata or {})  # refuse it before the work, not after
+    with ExitStack() as stack:
+        opened = _open_source(source)
+        stack.callback(opened.close)
+        unknown = set(array_metadata or {}) - set(opened.names)
+        if unknown:
+            raise OptionError(f"array_metadata names {min(unknown)!r}, which the source does not have")
+        target = stack.enter_context(AtomicFile(path, overwrite))
+        writer = stack.enter_context(SnapshotWriter(target.file, options, created_by=_created_by()))
+        offsets, own_metadata = _copy(opened, writer, progress)
+        for name, values in (array_metadata or {}).items():
+            own_metadata[name] = {**own_metadata.get(name, {}), **values}
+        origin, extents = opened.origin(offsets) or (None, None)
+        result = writer.finish(
+            metadata={**opened.metadata, **(metadata or {})},
+            array_metadata=own_metadata,
+            origin=origin,
+            extents=extents,
+        )
+        arrays, source_bytes = len(opened.names), opened.source_bytes
+    return BuildReport(
+        path=path,
+        arrays=arrays,
+        content_bytes=result.content_bytes,
+        source_bytes=source_bytes,
+        file_bytes=result.file_bytes,
+        chunks=result.chunks,
+        zero_chunks=result.zero_chunks,
+        raw_chunks=result.raw_chunks,
+        digest=result.digest.hex(),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _copy(
+    source: Source, writer: SnapshotWriter, progress: Progress | None
+) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]]:
+    """Feed all items to the writer: where each array went, and the metadata that came with it."""
+    offsets: dict[str, int] = {}
+    metadata: dict[str, Mapping[str, Any]] = {}
+    done = reported = 0
+    for item in source.items():
+        if item.shape is None:
+            offsets[item.name] = writer.add_stream(item.name)
+        else:
+            offsets[item.name] = writer.add_array(
+                item.name, item.dtype, item.shape, item.order, hidden=item.hidden
+            )
+        if item.metadata:
+            metadata[item.name] = item.metadata
+        for piece in item.pieces:
+            if isinstance(piece, int):
+                writer.skip(piece)
+                done += piece
+            else:
+                writer.write(piece)
+                done += len(piece)
+            if progress is not None and done - reported >= _PROGRESS_STEP:
+                progress(done, source.total_bytes)
+                reported = done
+    if progress is not None:
+        progress(done, done)
+    return offsets, metadata
+
+
+def _open_source(source: BuildSource) -> Source:
+    if isinstance(source, Mapping):
+        return ArraySource(source)
+    if isinstance(source, str) and source == "-":
+        return StreamSource(sys.stdin.buffer, file_name="data", close=False)
+    if isinstance(source, (str, os.PathLike)):
+        return _open_path(os.fspath(source))
+    if hasattr(source, "read"):
+        return StreamSource(cast(BinaryIO, source), file_name=file_name_of(source, "data"), close=False)
+    paths = list(source) if isinstance(source, (list, tuple)) else []
+    if paths and all(isinstance(path, (str, os.PathLike)) for path in paths):
+        return _open_paths([os.fspath(path) for path in paths])
+    raise OptionError(
+        f"the source is a {type(source).__name__}; give a mapping of names to arrays, a path, "
+        "a list of paths, or a file object open in mode 'rb'"
+    )
+
+
+def _open_path(path: str) -> Source:
+    if _is_stream(path):
+        return StreamSource(open(path, "rb"), file_name="data", close=True)
+    if not os.path.isdir(path):
+        blob = LocalBlob(path)
+        try:
+            if is_snapshot(blob.read(0, min(blob.size, structs.HEAD.size))):
+                return SnapshotSource(blob)
+        except BaseException:
+            blob.close()
+            raise
+        blob.close()
+    return ContainerSource(open_container(path))
+
+
+def _is_stream(path: str) -> bool:
+    """Whether `path` is a pipe or a character device, such as a shell's <(command)."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False  # opening it says what is wrong
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+
+
+def _open_paths(paths: list[str]) -> Source:
+    directories: list[Directory] = []
+    try:
+        for path in paths:
+            if not os.path.isdir(path):
+                with LocalBlob(path) as blob:
+                    if is_snapshot(blob.read(0, min(blob.size, structs.HEAD.size))):
+                        raise BuildError(f"{path}: is a snapshot; a snapshot can only be built from alone")
+            directories.append(open_container(path))
+        return ContainerSource(combine(directories))
+    except BaseException:
+        for directory in directories:
+            directory.close()
+        raise
+
+
+def _created_by() -> str:
+    try:
+        return f"lazymem {importlib.metadata.version('lazymem')}"
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "lazymem"

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `build` reads: dicts of arrays, containers, streams, snapshots -> one stream of arrays.
+
+Each source yields `Item`s in the order in which their bytes lie, with the bytes in pieces, so that
+no source needs more memory than a few pieces. Owns the bytes that are in no array (headers, padding):
+they become hidden arrays, so that a container can be given back byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import dtype_to_json
+from ..errors import BuildError, FormatError, UnsupportedDtype
+from ..format import structs
+from ..format.origin import Origin, OriginFile
+from ..format.reader import SnapshotReader
+from ..store.base import Blob
+
+#: Bytes read or copied at once.
+PIECE: Final = 4 << 20
+
+#: A piece of an array: bytes, or a number of zero bytes that need not be read.
+Piece = bytes | memoryview | NDArray[np.uint8] | int
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One array on its way into a snapshot. shape None: one dimension, as long as its pieces."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...] | None
+    pieces: Iterator[Piece]
+    order: str = "C"
+    hidden: bool = False
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Something to build from. Items must be taken in order, each with all of its pieces."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of the visible arrays, known before anything is read."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Of the whole."""
+
+    @property
+    def total_bytes(self) -> int | None:
+        """What the pieces will add up to, for progress."""
+
+    @property
+    def source_bytes(self) -> int:
+        """Size of what went in; final once all pieces were taken."""
+
+    def items(self) -> Iterator[Item]: ...
+
+    def origin(self, offsets: Mapping[str, int]) -> tuple[Origin, NDArray[np.void]] | None:
+        """CONT and EXTN, given each array's offset in the content; call after the last item."""
+
+    def close(self) -> None: ...
+
+
+class ArraySource:
+    """A mapping of names to arrays, or to what numpy makes arrays of. Refuses what has no bytes."""
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self._arrays: dict[str, NDArray[Any]] = {}
+        for name, value in arrays.items():
+            if not isinstance(name, str):
+                raise BuildError(f"array name {name!r} is not a string; name arrays with strings")
+            array = _as_array(name, value)
+            dtype_to_json(array.dtype, name=name)  # refuse it now, not after an hour of compressing
+            self._arrays[name] = array
+        self.total_bytes = self.source_bytes = sum(array.nbytes for array in self._arrays.values())
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._arrays.keys()
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return {}
+
+    def items(self) -> Iterator[Item]:
+        for name, array in self._arrays.items():
+            fortran = array.flags.f_contiguous and not array.flags.c_contiguous
+            pieces = _array_pieces(array.T if fortran else array)
+            yield Item(name, array.dtype, array.shape, pieces, "F" if fortran else "C")
+
+    def origin(self, offsets: Mapping[str, int]) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def _as_array(name: str, value: Any) -> NDArray[Any]:
+    if isinstance(value, np.ma.MaskedArray):
+        raise UnsupportedDtype(f"array {name!r} is a masked array; give its .filled() or its .data and .mask")
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UnsupportedDtype(
+            f"array {name!r} cannot be made a numpy array ({error}); convert it first"
+        ) from error
+
+
+def _array_pieces(array: NDArray[Any]) -> Iterator[NDArray[np.uint8]]:
+    """The array's bytes in C order. Copies at most a piece at a time, whatever the strides."""
+    if array.nbytes == 0:
+        return
+    if array.flags.c_contiguous:
+        flat = array.reshape(-1).view(np.uint8)
+        for begin in range(0, len(flat), PIECE):
+            yield flat[begin : begin + PIECE]
+        return
+    rows = PIECE // (array.nbytes // len(array))
+    if rows == 0:
+        for part in array:
+            yield from _array_pieces(part)
+        return
+    for begin in range(0, len(array), rows):
+        part = np.ascontiguousarray(array[begin : begin + rows])
+        yield part.reshape(-1).view(np.uint8)
+
+
+class StreamSource:
+    """A binary stream of unknown length: one uint8 array called "data"."""
+
+    total_bytes: int | None = None
+
+    def __init__(self, file: BinaryIO, *, file_name: str, close: bool) -> None:
+        self._file = file
+        self._file_name = file_name
+        self._close = close
+        self._sha256 = hashlib.sha256()
+        self.source_bytes = 0
+
+    @property
+    def names(self) -> Collection[str]:
+        return ("data",)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return {}
+
+    def items(self) -> Iterator[Item]:
+        yield Item("data", np.dtype(np.uint8), None, self._pieces())
+
+    def _pieces(self) -> Iterator[bytes]:
+        while True:
+            try:
+                data = self._file.read(PIECE)
+            except OSError as error:
+                raise BuildError(
+                    f"{self._file_name}: reading failed after {self.source_bytes} bytes ({error})"
+                ) from error
+            if isinstance(data, str):
+                raise BuildError(f"{self._file_name}: is opened as text; open it in mode 'rb'")
+            if data is None:
+                raise BuildError(f"{self._file_name}: is non-blocking and has no data; make it blocking")
+            if not data:
+                return
+            self._sha256.update(data)
+            self.source_bytes += len(data)
+            yield data
+
+    def origin(self, offsets: Mapping[str, int]) -> tuple[Origin, NDArray[np.void]]:
+        file = OriginFile(self._file_name, self.source_bytes, self._sha256.hexdigest())
+        extents = np.zeros(1 if self.source_bytes else 0, structs.EXTENT.dtype)
+        extents["content_offset"] = offsets["data"]
+        extents["length"] = self.source_bytes
+        return Origin("raw", True, (file,)), extents
+
+    def close(self) -> None:
+        if self._close:
+            self._file.close()
+
+
+class SnapshotSource:
+    """An existing snapshot, built again with other settings. Its zero chunks are not read."""
+
+    def __init__(self, blob: Blob) -> None:
+        self._blob = blob
+        self._reader = SnapshotReader(blob)
+        self._index = self._reader.index
+        self.total_bytes = int(self._index.arrays["nbytes"].sum())
+        self.source_bytes = blob.size
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._index.rows.keys()
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self._index.metadata
+
+    def items(self) -> Iterator[Item]:
+        index = self._index
+        for row, name in enumerate(index.names):
+            yield Item(
+                name,
+                index.dtype_of(row),
+                index.shape_of(row),
+                self._pieces(*index.range_of(row)),
+                index.order_of(row),
+                index.is_hidden(row),
+                index.array_metadata.get(name, {}),
+            )
+
+    def _pieces(self, offset: int, length: int) -> Iterator[Piece]:
+        for segment in self._reader.segments(offset, length):
+            if segment.chunk is None:
+                yield segment.length
+            else:
+                yield from self._reader.read_segment(segment)
+
+    def origin(self, offsets: Mapping[str, int]) -> tuple[Origin, NDArray[np.void]] | None:
+        index, old = self._index, self._index.container
+        if old is None:
+            return None
+        moved = np.fromiter((offsets[name] for name in index.names), np.uint64, len(index.names))
+        extents = index.extents.copy()
+        extents["content_offset"] = self._moved(moved, extents["content_offset"], extents["length"])
+        files = []
+        for file in old.files:
+            members = []
+            for member in file.deflated:
+                pairs = np.array(member.extents, np.uint64).reshape(-1, 2)
+                starts = self._moved(moved, pairs[:, 0], pairs[:, 1])
+                new = tuple(zip(starts.tolist(), pairs[:, 1].tolist(), strict=True))
+                members.append(replace(member, extents=new))
+            files.append(replace(file, deflated=tuple(members)))
+        return replace(old, files=tuple(files)), extents
+
+    def _moved(
+        self, moved: NDArray[np.uint64], start: NDArray[np.uint64], length: NDArray[np.uint64]
+    ) -> NDArray[np.uint64]:
+        """Content offsets of ranges, now that arrays lie elsewhere; each must lie in one array."""
+        index = self._index
+        # Of arrays that end at one place only the first can be non-empty; side="right" skips them.
+        rows = np.searchsorted(index.ends, start, "right")
+        inside = not len(rows) or int(rows.max()) < len(moved)
+        begins, ends = index.arrays["offset"], index.ends
+        if not inside or np.any(start < begins[rows]) or np.any(start + length > ends[rows]):
+            raise FormatError(
+                f"{index.url}: section EXTN has an extent that lies in no array, so it cannot be moved; "
+                "extract the snapshot and build from its files",
+                url=index.url,
+                field="section EXTN",
+            )
+        shifted: NDArray[np.uint64] = moved[rows] + (start - begins[rows])
+        return shifted
+
+    def close(self) -> None:
+        self._blob.close()
+
+
+def file_name_of(file: object, default: str) -> str:
+    """The last part of a file object's path, where it has one that is a path."""
+    name = getattr(file, "name", None)
+    return os.path.basename(name) or default if isinstance(name, str) else default

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which arrays a region shows, where, and which chunks it is made of.
+
+Brings the two kinds of source to one form: a snapshot's index, and the directory of a container read
+in place. Reads no array bytes, maps nothing, owns no descriptor.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._native import CHUNK_UNCHECKED, MapPiece
+from .containers.base import ArrayEntry, Directory
+from .errors import UnsupportedFormat
+from .format import structs
+from .format.index import SnapshotIndex
+from .format.layout import align_up
+
+_NO_METADATA: Final[Mapping[str, Any]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayInfo:
+    """One array of a snapshot: nothing of it is read to know this.
+
+    shape in elements, order "C" or "F", nbytes and offset (within the region) in bytes.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    order: str
+    nbytes: int
+    offset: int
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayTables:
+    """Non-empty arrays sorted by offset, as the engine wants them: it names them when a touch fails."""
+
+    offsets: NDArray[np.uint64]
+    lengths: NDArray[np.uint64]
+    name_offsets: NDArray[np.uint32]  # one more than arrays
+    names: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a region is made of: runs and records of FORMAT.md over numbered sources.
+
+    pieces: the same as ranges of files to be mapped, or None where they cannot be.
+    """
+
+    content_size: int
+    chunk_size: int
+    runs: NDArray[np.void]
+    records: NDArray[np.void]
+    pieces: tuple[MapPiece, ...] | None
+
+
+class Catalog(Protocol):
+    """Names -> arrays, and the layout below them."""
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+    def info(self, name: str) -> ArrayInfo:
+        """Raises KeyError."""
+
+    def name_at(self, begin: int, end: int) -> str | None:
+        """The first array with bytes in that range of the region."""
+
+    def tables(self) -> ArrayTables: ...
+
+    def layout(self, fds: Sequence[int]) -> Layout: ...
+
+
+def _one_table(rows: NDArray[np.void], name_bytes: bytes) -> ArrayTables:
+    """Tables of index rows; names are packed anew because rows of empty arrays are left out."""
+    starts = rows["name_offset"].astype(np.int64)
+    lengths = rows["name_length"].astype(np.int64)
+    packed = b"".join(
+        name_bytes[start : start + length]
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+    )
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint32)
+    return ArrayTables(
+        np.ascontiguousarray(rows["offset"]), np.ascontiguousarray(rows["nbytes"]), ends, packed
+    )
+
+
+class IndexCatalog:
+    """The arrays of a snapshot file."""
+
+    format = "lzm"
+
+    def __init__(self, index: SnapshotIndex) -> None:
+        self._index = index
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._index.rows.keys()
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self._index.metadata
+
+    def info(self, name: str) -> ArrayInfo:
+        index = self._index
+        row = index.rows[name]
+        offset, nbytes = index.range_of(row)
+        return ArrayInfo(
+            name,
+            index.dtype_of(row),
+            index.shape_of(row),
+            index.order_of(row),
+            nbytes,
+            offset,
+            index.array_metadata.get(name, _NO_METADATA),
+        )
+
+    def name_at(self, begin: int, end: int) -> str | None:
+        rows = self._index.rows_between(begin, end)
+        return self._index.names[rows[0]] if rows else None
+
+    def tables(self) -> ArrayTables:
+        arrays = self._index.arrays
+        return _one_table(arrays[arrays["nbytes"] > 0], self._index.name_bytes)
+
+    def layout(self, fds: Sequence[int]) -> Layout:
+        index = self._index
+        return Layout(index.content_size, index.chunk_size, index.runs, index.records, self._pieces(fds[0]))
+
+    def _pieces(self, fd: int) -> tuple[MapPiece, ...] | None:
+        """Runs of the file that can be mapped: all chunks as they are, on page boundaries."""
+        index, records = self._index, self._index.records
+        size, page = index.chunk_size, mmap.PAGESIZE
+        if ((records["codec"] != 0) | (records["filter"] != 0) | (records["offset"] % page != 0)).any():
+            return None
+        pieces = []
+        for first_chunk, count, first_record in index.runs.tolist():
+            if first_record == structs.ZERO_RUN:
+                continue
+            offsets = records["offset"][first_record : first_record + count].astype(np.int64)
+            # Chunks that do not follow one another in the file start a piece of their own.
+            cuts = [0, *(np.flatnonzero(np.diff(offsets) != size) + 1).tolist(), count]
+            for begin, end in itertools.pairwise(cuts):
+                at = (first_chunk + begin) * size
+                length = min((end - begin) * size, index.content_size - at)
+                pieces.append(MapPiece(at, int(offsets[begin]), length, fd))
+        return tuple(pieces)
+
+
+class DirectoryCatalog:
+    """The arrays of a container read in place: the region is its files, one after another."""
+
+    def __init__(self, directory: Directory, chunk_size: int) -> None:
+        for entry in directory.arrays:
+            if entry.compression is not None:
+                url = directory.files[entry.file].url
+                raise UnsupportedFormat(
+                    f"{url}: array {entry.name!r} is compressed ({entry.compression}) and cannot be read in "
+                    f"place; `lazymem build {url} FILE.lzm` makes a snapshot of it",
+                    url=url,
+                    field=entry.name,
+                )
+        self._directory = directory
+        self._chunk_size = chunk_size
+        self._bases: list[int] = []
+        end = 0
+        for blob in directory.files:
+            self._bases.append(end)
+            end = align_up(end + blob.size, chunk_size)
+        self._content_size = self._bases[-1] + directory.files[-1].size if directory.files else 0
+        self._entries = {entry.name: entry for entry in directory.arrays}
+
+    @property
+    def format(self) -> str:
+        return self._directory.format
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._entries.keys()
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self._directory.metadata
+
+    def _offset(self, entry: ArrayEntry) -> int:
+        return self._bases[entry.file] + entry.offset
+
+    def info(self, name: str) -> ArrayInfo:
+        entry = self._entries[name]
+        return ArrayInfo(
+            name, entry.dtype, entry.shape, entry.order, entry.nbytes, self._offset(entry), entry.metadata
+        )
+
+    def name_at(self, begin: int, end: int) -> str | None:
+        for entry in self._directory.arrays:  # sorted by (file, offset)
+            offset = self._offset(entry)
+            if entry.nbytes and offset < end and offset + entry.nbytes > begin:
+                return entry.name
+        return None
+
+    def tables(self) -> ArrayTables:
+        entries = [entry for entry in self._directory.arrays if entry.nbytes]
+        names = [entry.name.encode() for entry in entries]
+        return ArrayTables(
+            np.array([self._offset(entry) for entry in entries], np.uint64),
+            np.array([entry.nbytes for entry in entries], np.uint64),
+            np.concatenate([[0], np.cumsum([len(name) for name in names])]).astype(np.uint32),
+            b"".join(names),
+        )
+
+    def layout(self, fds: Sequence[int]) -> Layout:
+        records = [self._records(i, blob.size) for i, blob in enumerate(self._directory.files)]
+        table = np.concatenate(records) if records else np.zeros(0, structs.CHUNK.dtype)
+        runs = np.zeros(1 if len(table) else 0, structs.RUN.dtype)
+        runs["count"] = len(table)
+        pieces = tuple(
+            MapPiece(base, 0, blob.size, fd)
+            for base, blob, fd in zip(self._bases, self._directory.files, fds, strict=True)
+            if blob.size
+        )
+        return Layout(self._content_size, self._chunk_size, runs, table, pieces)
+
+    def _records(self, source: int, size: int) -> NDArray[np.void]:
+        """Chunks of a file as it lies, unchecked: the container has no checksums."""
+        offsets = np.arange(0, size, self._chunk_size, dtype=np.uint64)
+        records = np.zeros(len(offsets), structs.CHUNK.dtype)
+        records["offset"] = offsets
+        records["stored_length"] = np.minimum(np.uint64(size) - offsets, np.uint64(self._chunk_size))
+        records["flags"] = CHUNK_UNCHECKED
+        records["source"] = source
+        return records

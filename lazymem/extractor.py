@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`extract` and `cat`: a snapshot's bytes back as files of other formats, or as a stream.
+
+Holds one chunk at a time. Every file appears whole, checked and synced, or not at all; a name from
+the snapshot becomes a path only after `unsafe_name` has passed it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import heapq
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+
+from .containers import npy, safetensors
+from .errors import ArrayNotFound, BuildError, FormatError, OptionError, UnsupportedDtype, UnsupportedFormat
+from .format.origin import DeflatedMember, Origin, OriginFile, unsafe_name
+from .format.reader import SnapshotReader
+from .store.local import AtomicFile, LocalBlob
+
+StrPath = str | os.PathLike[str]
+Progress = Callable[[int, int | None], None]
+
+#: What `extract` can write besides the original container.
+FORMATS: Final = ("npz", "npy", "raw", "safetensors")
+
+_PROGRESS_STEP: Final = 1 << 20
+_MIN_HOLE: Final = 1 << 20  # shorter runs of zeros are written
+_MAX_ZIP_NAME: Final = 0xFFFF
+
+
+def extract(
+    source: StrPath,
+    destination: StrPath,
+    *,
+    format: str | None = None,
+    names: Sequence[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write the content of the snapshot `source` to `destination`; return the files written.
+
+    format: None gives back the files that the snapshot was built from, byte for byte and checked
+        by their SHA-256; "npz" if it was built from arrays in memory or `names` are given. "npz";
+        "npy": one array, or a folder with a file for each; "raw": the bytes of the one array
+        named, or of the whole content; "safetensors".
+    names: the arrays to write; None writes all.
+    destination: a file, or, where several are written, a folder, made if need be. Where it is an
+        existing folder, a single file goes into it. overwrite: replace files that exist.
+    progress: called with (bytes done, bytes in all).
+
+    .npy and .npz have no extension dtypes: bfloat16 arrives as "|V2", its bytes unchanged.
+    Raises `BuildError`, `AccessDenied`, `ArrayNotFound`, `OptionError`, `UnsupportedDtype`,
+    `UnsupportedFormat` (the original cannot be given back), and what reading the snapshot raises.
+    When it raises, no file that it wrote is left.
+    """
+    if format is not None and format not in FORMATS:
+        raise OptionError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}, or None")
+    target = os.fspath(destination)
+    with LocalBlob(os.fspath(source)) as blob:
+        job = _Job(SnapshotReader(blob), overwrite, progress)
+        try:
+            if format is None and names is None and job.index.container is not None:
+                _extract_original(job, job.index.container, target)
+            elif format == "raw":
+                _extract_raw(job, target, names)
+            elif format == "npy":
+                _extract_npy(job, target, job.rows(names))
+            elif format == "safetensors":
+                _extract_safetensors(job, target, job.rows(names))
+            else:
+                _extract_npz(job, target, job.rows(names))
+        except BaseException:
+            job.undo()
+            raise
+    return job.written
+
+
+def cat(source: StrPath, name: str, out: BinaryIO) -> int:
+    """Write the bytes of one array, as they lie in memory, to `out`; return their number.
+
+    Raises `ArrayNotFound`, and what reading the snapshot and writing to `out` raise.
+    """
+    with LocalBlob(os.fspath(source)) as blob:
+        reader = SnapshotReader(blob)
+        (row,) = _rows(reader, [name])
+        offset, nbytes = reader.index.range_of(row)
+        for piece in reader.read_range(offset, nbytes):
+            out.write(piece)
+    return nbytes
+
+
+def _rows(reader: SnapshotReader, names: Sequence[str] | None) -> list[int]:
+    rows = reader.index.rows
+    if names is None:
+        return list(rows.values())
+    for name in names:
+        if name not in rows:
+            url = reader.index.url
+            raise ArrayNotFound(
+                f"{url}: has no array {name!r}; `lazymem ls` shows the names it has", url=url, name=name
+            )
+    return [rows[name] for name in dict.fromkeys(names)]
+
+
+class _Job:
+    """One extraction: where bytes come from, what was written, how far it came."""
+
+    def __init__(self, reader: SnapshotReader, overwrite: bool, progress: Progress | None) -> None:
+        self.reader = reader
+        self.index = reader.index
+        self.written: list[Path] = []
+        self.total = 0
+        self._done = self._reported = 0
+        self._overwrite = overwrite
+        self._progress = progress
+        self._folders: list[str] = []
+
+    def rows(self, names: Sequence[str] | None) -> list[int]:
+        rows = _rows(self.reader, names)
+        self.total = sum(self.index.range_of(row)[1] for row in rows)
+        return rows
+
+    def default_name(self, suffix: str) -> str:
+        return Path(self.index.url).stem + suffix
+
+    def path(self, target: str, name: str) -> str:
+        """`target`, or the file `name` in it if it is an existing folder."""
+        return os.path.join(target, name) if os.path.isdir(target) else target
+
+    def path_below(self, folder: str, name: str) -> str:
+        """The path of `name`, which comes from the snapshot, in `folder`; makes the folders to it."""
+        why = unsafe_name(name)
+        if why is not None:
+            raise FormatError(
+                f"{self.index.url}: the name {name[:200]!r} {why}, so it cannot be the name of a file; "
+                'take the bytes with format="raw" or `lazymem cat`',
+                url=self.index.url,
+                field=name,
+            )
+        self._make_folder(folder)
+        *parents, _ = name.split("/")
+        for depth in range(1, len(parents) + 1):
+            below = os.path.join(folder, *parents[:depth])
+            if os.path.islink(below):
+                raise BuildError(f"{below}: is a link that may lead out of {folder}; remove it")
+            self._make_folder(below)
+        return os.path.join(folder, name)
+
+    def _make_folder(self, path: str) -> None:
+        if os.path.isdir(path):
+            return
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            raise BuildError(f"{path}: exists and is not a folder; choose another destination") from None
+        except OSError as error:
+            raise BuildError(f"{path}: cannot be made a folder ({error.strerror}); check the path") from error
+        self._folders.append(path)
+
+    @contextlib.contextmanager
+    def file(self, path: str) -> Iterator[BinaryIO]:
+        with AtomicFile(path, self._overwrite) as target:
+            yield target.file
+        self.written.append(Path(path))
+
+    def copy(self, offset: int, length: int, write: Callable[[Any], object]) -> None:
+        for piece in self.reader.read_range(offset, length):
+            write(piece)
+            self.advance(len(piece))
+
+    def advance(self, length: int) -> None:
+        self._done += length
+        if self._progress and (self._done - self._reported >= _PROGRESS_STEP or self._done == self.total):
+            self._reported = self._done
+            self._progress(self._done, self.total)
+
+    def undo(self) -> None:
+        """Remove what was written, and the folders made for it."""
+        for path in self.written:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        for folder in reversed(self._folders):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
+# ---- the original container ----
+
+
+def _extract_original(job: _Job, origin: Origin, target: str) -> None:
+    url = job.index.url
+    if not origin.exact:
+        reason = origin.reason or "no reason is recorded"
+        raise UnsupportedFormat(
+            f"{url}: its {origin.format} original cannot be given back ({reason}); "
+            'extract the arrays with format="npz"',
+            url=url,
+            field="section CONT",
+        )
+    job.total = sum(file.size for file in origin.files)
+    if len(origin.files) == 1 and not os.path.isdir(target):
+        _extract_file(job, 0, origin.files[0], target)
+        return
+    for number, file in enumerate(origin.files):
+        _extract_file(job, number, file, job.path_below(target, file.name))
+
+
+def _extract_file(job: _Job, number: int, file: OriginFile, path: str) -> None:
+    extents = job.index.extents
+    own = extents[slice(*np.searchsorted(extents["file"], [number, number + 1]))]
+    columns = [own[name].tolist() for name in ("file_offset", "content_offset", "length")]
+    # Both are sorted by where they go. A plain part is where it comes from and its length.
+    plain = ((where, (offset, length)) for where, offset, length in zip(*columns, strict=True))
+    members = sorted(((member.file_offset, member) for member in file.deflated), key=_first)
+    parts: Iterator[tuple[int, tuple[int, int] | DeflatedMember]] = heapq.merge(plain, members, key=_first)
+    digest = None if file.sha256 is None else hashlib.sha256()
+    with job.file(path) as out:
+        for _, part in parts:
+            if isinstance(part, DeflatedMember):
+                _copy_deflated(job, file, part, out, digest)
+            else:
+                _copy_plain(job, *part, out, digest)
+        if digest is not None and digest.hexdigest() != file.sha256:
+            raise _differs(job, file, "has another SHA-256 than the original")
+
+
+def _first(part: tuple[int, Any]) -> int:
+    return part[0]
+
+
+def _copy_plain(job: _Job, offset: int, length: int, out: BinaryIO, digest: Any) -> None:
+    for segment in job.reader.segments(offset, length):
+        hole = segment.chunk is None and segment.length >= _MIN_HOLE
+        if hole:
+            out.seek(segment.length - 1, os.SEEK_CUR)
+            out.write(b"\0")  # or a file that ends in a hole would end before it
+        if hole and digest is None:
+            job.advance(segment.length)
+            continue
+        for piece in job.reader.read_segment(segment):
+            if digest is not None:
+                digest.update(piece)
+            if not hole:
+                out.write(piece)
+            job.advance(len(piece))
+
+
+def _copy_deflated(job: _Job, file: OriginFile, member: DeflatedMember, out: BinaryIO, digest: Any) -> None:
+    deflater = zlib.compressobj(member.level, zlib.DEFLATED, -zlib.MAX_WBITS)
+    left = member.stored_length
+    where = f"has a member at byte {member.file_offset} that deflates to"
+
+    def write(data: bytes) -> None:
+        nonlocal left
+        left -= len(data)
+        if left < 0:
+            raise _differs(job, file, f"{where} more bytes")
+        out.write(data)
+        if digest is not None:
+            digest.update(data)
+        job.advance(len(data))
+
+    for offset, length in member.extents:
+        for piece in job.reader.read_range(offset, length):
+            write(deflater.compress(piece))
+    write(deflater.flush())
+    if left:
+        raise _differs(job, file, f"{where} fewer bytes")
+
+
+def _differs(job: _Job, file: OriginFile, what: str) -> FormatError:
+    cause = "the snapshot is damaged"
+    if file.deflated:
+        cause += f", or zlib {zlib.ZLIB_RUNTIME_VERSION} deflates otherwise than the builder's"
+    return FormatError(
+        f"{job.index.url}: {file.name!r}, put together again, {what}; {cause}: "
+        'run `lazymem verify`, or extract the arrays with format="npz"',
+        url=job.index.url,
+        field=file.name,
+    )
+
+
+# ---- other formats ----
+
+
+def _extract_raw(job: _Job, target: str, names: Sequence[str] | None) -> None:
+    if names is None:
+        offset, nbytes = 0, job.index.content_size
+    elif len(names) == 1:
+        offset, nbytes = job.index.range_of(_rows(job.reader, names)[0])
+    else:
+        raise OptionError(f"format 'raw' writes one array or the whole content, not {len(names)} arrays")
+    job.total = nbytes
+    with job.file(job.path(target, job.default_name(".bin"))) as out:
+        _copy_plain(job, offset, nbytes, out, None)
+
+
+def _extract_npy(job: _Job, target: str, rows: list[int]) -> None:
+    index = job.index
+    paths = [job.path(target, job.default_name(".npy"))]
+    if len(rows) != 1:
+        paths = [job.path_below(target, index.names[row] + ".npy") for row in rows]
+    for row, path in zip(rows, paths, strict=True):
+        header = _npy_header(job, row)
+        with job.file(path) as out:
+            out.write(header)
+            job.copy(*index.range_of(row), out.write)
+
+
+def _npy_header(job: _Job, row: int) -> bytes:
+    index = job.index
+    return npy.make_header(
+        index.dtype_of(row), index.shape_of(row), index.order_of(row), name=index.names[row]
+    )
+
+
+def _extract_npz(job: _Job, target: str, rows: list[int]) -> None:
+    index = job.index
+    members = [index.names[row] + ".npy" for row in rows]
+    for member in members:
+        # Other programs unpack an .npz to the names in it.
+        why = unsafe_name(member) or (len(member.encode()) > _MAX_ZIP_NAME and "is too long for a zip file")
+        if why:
+            raise FormatError(
+                f"{index.url}: the array name {member[:200]!r} {why}; "
+                'extract with format="safetensors", or "raw" for one array',
+                url=index.url,
+                field=member,
+            )
+    headers = [_npy_header(job, row) for row in rows]
+    with (
+        job.file(job.path(target, job.default_name(".npz"))) as out,
+        zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
+        for row, member, header in zip(rows, members, headers, strict=True):
+            # A ZipInfo has a fixed time, so the same snapshot gives the same file.
+            with archive.open(zipfile.ZipInfo(member), "w", force_zip64=True) as stream:
+                stream.write(header)
+                job.copy(*index.range_of(row), stream.write)
+
+
+def _extract_safetensors(job: _Job, target: str, rows: list[int]) -> None:
+    index = job.index
+    tensors: list[tuple[str, str, list[int], int]] = []
+    # Widest first, as the safetensors package does, so that every tensor is aligned.
+    rows = sorted(rows, key=lambda row: -index.dtype_of(row).itemsize)
+    for row in rows:
+        name, shape = index.names[row], index.shape_of(row)
+        if index.order_of(row) == "F" and len(shape) > 1:
+            raise BuildError(
+                f"{index.url}: array {name!r} is in Fortran order, which safetensors does not have; "
+                'extract it with format="npz"'
+            )
+        found = safetensors.dtype_name(index.dtype_of(row), shape, index.array_metadata.get(name, {}))
+        if found is None:
+            raise UnsupportedDtype(
+                f"{index.url}: array {name!r} has dtype {str(index.dtype_of(row))[:200]}, which safetensors "
+                'does not have; extract it with format="npz"'
+            )
+        tensors.append((name, *found, index.range_of(row)[1]))
+    header = safetensors.make_header(
+        tensors,
+        {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in index.metadata.items()
+        },
+    )
+    with job.file(job.path(target, job.default_name(".safetensors"))) as out:
+        out.write(header)
+        for row in rows:
+            job.copy(*index.range_of(row), out.write)

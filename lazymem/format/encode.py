@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One chunk's bytes -> its stored bytes. Owns the choice of codec, filter and raw, for each chunk.
+
+Everything heavy here (zero scan, SHA-256, planes, compression, XXH3) releases the GIL, so threads
+encode side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import lz4.block
+import zstandard
+
+from .. import _native
+from ..options import BuildOptions
+from . import structs
+
+#: Taken from this many places of a chunk, to decide on byte planes.
+_SAMPLE_PIECES: Final = 4
+_SAMPLE_SIZE: Final = 128 << 10
+#: Planes cost a pass over the data at every population. A gain below 3 % does not pay for it, nor
+#: does one below 1/256 of the data, where the chunk is tiny either way.
+_PLANES_GAIN: Final = 0.03
+_PLANES_FRACTION: Final = 256
+#: A chunk that shrinks by less than 1/64 is stored raw: decoding it would cost more than reading it.
+_RAW_FRACTION: Final = 64
+_LZ4_HIGH: Final = 3
+
+_DEFAULT_LEVEL: Final = {"zstd": 3, "lz4": 1, "none": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedChunk:
+    """A chunk as the file will hold it. digest: SHA-256 of the uncompressed bytes."""
+
+    stored: bytes | memoryview
+    codec: int
+    filter: int
+    width: int
+    checksum: int
+    digest: bytes
+
+    def record(self, offset: int) -> bytes:
+        """The CHNK record, with the stored bytes at file offset `offset`."""
+        return structs.CHUNK_STRUCT.pack(
+            offset, len(self.stored), self.codec, self.filter, self.width, 0, 0, 0, 0, self.checksum
+        )
+
+
+class ChunkEncoder:
+    """Encodes chunks as `options` say. Threads may share it; each keeps a compressor and a buffer."""
+
+    def __init__(self, options: BuildOptions) -> None:
+        self._codec = {"none": structs.RAW, "lz4": structs.LZ4, "zstd": structs.ZSTD}[options.codec]
+        self._level = _DEFAULT_LEVEL[options.codec] if options.level is None else options.level
+        self._planes = options.planes
+        self._chunk_size = options.chunk_size
+        self._local = threading.local()
+
+    def encode(self, data: memoryview, width: int) -> EncodedChunk | None:
+        """Encode one chunk, or return None if it is all zeros.
+
+        width: of the floating-point numbers that fill the chunk, 2, 4 or 8 bytes; 0 if none do.
+        A chunk stored raw borrows `data`.
+        """
+        if _native.bytes_are_zero(data):
+            return None
+        digest = hashlib.sha256(data).digest()
+        if self._codec != structs.RAW:
+            if width and not (self._planes or (self._planes is None and self._planes_pay(data, width))):
+                width = 0
+            stored = self._compress(self._split(data, width) if width else data)
+            if len(stored) < len(data) - len(data) // _RAW_FRACTION:
+                kind = structs.FILTER_PLANES if width else structs.FILTER_NONE
+                checksum = _native.checksum(stored)
+                return EncodedChunk(stored, self._codec, kind, width, checksum, digest)
+        checksum = _native.checksum(data)
+        return EncodedChunk(data, structs.RAW, structs.FILTER_NONE, 0, checksum, digest)
+
+    def _split(self, data: memoryview, width: int) -> memoryview:
+        scratch: bytearray | None = getattr(self._local, "scratch", None)
+        if scratch is None:
+            scratch = self._local.scratch = bytearray(self._chunk_size)
+        planes = memoryview(scratch)[: len(data)]
+        _native.planes_split(data, planes, width)
+        return planes
+
+    def _planes_pay(self, data: memoryview, width: int) -> bool:
+        sample = data
+        if len(data) > _SAMPLE_SIZE:
+            piece = _SAMPLE_SIZE // _SAMPLE_PIECES
+            step = (len(data) - piece) // (_SAMPLE_PIECES - 1) & ~7  # on element boundaries
+            sample = memoryview(b"".join(data[i * step :][:piece] for i in range(_SAMPLE_PIECES)))
+        plain = len(self._compress(sample))
+        gain = plain - len(self._compress(self._split(sample, width)))
+        return gain >= max(plain * _PLANES_GAIN, len(sample) / _PLANES_FRACTION)
+
+    def _compress(self, data: memoryview) -> bytes:
+        compress: Callable[[memoryview], bytes] | None = getattr(self._local, "compress", None)
+        if compress is None:
+            compress = self._local.compress = self._compressor()
+        return compress(data)
+
+    def _compressor(self) -> Callable[[memoryview], bytes]:
+        if self._codec == structs.ZSTD:
+            return zstandard.ZstdCompressor(
+                level=self._level, write_checksum=False, write_content_size=True, write_dict_id=False
+            ).compress
+        if self._level < _LZ4_HIGH:
+            return lambda data: lz4.block.compress(data, mode="default", store_size=False)
+        level = self._level
+        return lambda data: lz4.block.compress(
+            data, mode="high_compression", compression=level, store_size=False
+        )

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the chunks of a snapshot from any blob, eagerly: for `verify`, `extract`, `cat`, `build`.
+
+Lazy memory does not come through here; the engine reads chunks in C. Owns nothing but the decoders:
+the blob stays the caller's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .. import _native
+from ..errors import ChunkCorrupt, UnsupportedFormat
+from ..store.base import Blob
+from . import structs
+from .index import SnapshotIndex, parse_index
+from .sections import decode_section
+
+#: Zeros are handed out in pieces of this size, all of them one object.
+_ZEROS = memoryview(bytes(1 << 20))
+
+
+def load_index(blob: Blob) -> SnapshotIndex:
+    """Read and check a snapshot's index: one read, two where the index is over 64 KiB."""
+    size = blob.size
+    length = min(size, structs.TAIL_READ)
+    return parse_index(blob.url, blob.read(size - length, length), blob.read, size)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of the content that lies in one chunk, or in a run of chunks that are all zeros."""
+
+    offset: int
+    length: int
+    chunk: int | None  # None: zeros
+
+
+class SnapshotReader:
+    """The content of a snapshot by chunk and by range. Threads may share it."""
+
+    def __init__(self, blob: Blob) -> None:
+        self.blob = blob
+        self.index = load_index(blob)
+        self._local = threading.local()
+
+    def chunk_arrays(self, chunk: int) -> list[str]:
+        """Names of the arrays with bytes in the chunk, in the order they lie, hidden ones too."""
+        index = self.index
+        begin = chunk * index.chunk_size
+        return [index.names[row] for row in index.rows_between(begin, begin + index.chunk_size)]
+
+    def read_stored(self, record: int) -> bytes:
+        """The stored bytes of a record, unchecked. Raises `ReadError`."""
+        row = self.index.records[record]
+        return self.blob.read(int(row["offset"]), int(row["stored_length"]))
+
+    def read_chunk(self, chunk: int) -> memoryview:
+        """The chunk's bytes, checked and decoded; fewer than chunk_size only for the last chunk.
+
+        Each thread keeps the last chunk it read, so that small arrays of one chunk cost one decode.
+        Raises `ChunkCorrupt`, or what the blob raises.
+        """
+        kept: tuple[int, memoryview] | None = getattr(self._local, "kept", None)
+        if kept is not None and kept[0] == chunk:
+            return kept[1]
+        record = self.index.record_of(chunk)
+        if record is None:
+            return memoryview(bytes(self.index.chunk_length(chunk)))
+        data = memoryview(self.decode(chunk, record, self.read_stored(record))).toreadonly()
+        self._local.kept = (chunk, data)
+        return data
+
+    def decode(self, chunk: int, record: int, stored: bytes) -> bytearray:
+        """The bytes of `chunk`, whose record and stored bytes are given. Raises `ChunkCorrupt`."""
+        decoder: _native.Decoder | None = getattr(self._local, "decoder", None)
+        if decoder is None:
+            decoder = self._local.decoder = _native.Decoder()
+        out = bytearray(self.index.chunk_length(chunk))
+        try:
+            decoder.decode(self.index.records[record].tobytes(), stored, out)
+        except _native.NativeError as error:
+            if error.code == _native.E_CODEC:
+                codec = structs.CODEC_NAMES[int(self.index.records["codec"][record])]
+                raise UnsupportedFormat(
+                    f"{self.index.url}: chunk {chunk} needs the {codec} decoder, which was not found; "
+                    "`lazymem doctor` says where it is looked for",
+                    url=self.index.url,
+                    field="section CHNK",
+                ) from error
+            raise self._corrupt(chunk, record, error) from error
+        return out
+
+    def _corrupt(self, chunk: int, record: int, error: Exception) -> ChunkCorrupt:
+        arrays = self.chunk_arrays(chunk)
+        where = f", array {arrays[0]!r}" if arrays else ""
+        offset = int(self.index.records["offset"][record])
+        return ChunkCorrupt(
+            f"{self.index.url}: chunk {chunk} (file offset {offset}{where}) is damaged: {error}; "
+            "copy the file again or build it anew",
+            url=self.index.url,
+            chunk=chunk,
+            array=arrays[0] if arrays else None,
+        )
+
+    def segments(self, offset: int, length: int) -> Iterator[Segment]:
+        """The content range cut at chunks; runs of zero chunks come as one. Reads nothing."""
+        index, end = self.index, offset + length
+        if offset < 0 or length < 0 or end > index.content_size:
+            raise ValueError(f"content range {offset}+{length} is outside 0 to {index.content_size}")
+        size = index.chunk_size
+        for first, count, record in _runs_from(index, offset // size):
+            if offset >= end:
+                return
+            if record == structs.ZERO_RUN:
+                stop = min(end, (first + count) * size)
+                yield Segment(offset, stop - offset, None)
+                offset = stop
+                continue
+            while offset < end and offset < (first + count) * size:
+                chunk = offset // size
+                stop = min(end, (chunk + 1) * size)
+                yield Segment(offset, stop - offset, chunk)
+                offset = stop
+
+    def read_segment(self, segment: Segment) -> Iterator[memoryview]:
+        """The bytes of a segment, in pieces of at most a chunk or 1 MiB. Raises as `read_chunk`."""
+        if segment.chunk is not None:
+            begin = segment.offset - segment.chunk * self.index.chunk_size
+            yield self.read_chunk(segment.chunk)[begin : begin + segment.length]
+            return
+        left = segment.length
+        while left:
+            piece = _ZEROS[:left]
+            yield piece
+            left -= len(piece)
+
+    def read_range(self, offset: int, length: int) -> Iterator[memoryview]:
+        """The bytes of a content range in pieces; at most one chunk is held. Raises as `read_chunk`."""
+        for segment in self.segments(offset, length):
+            yield from self.read_segment(segment)
+
+    def chunk_digests(self) -> bytes | None:
+        """Section CDIG: SHA-256 of each stored chunk, 32 bytes a record, or None if the file has none.
+
+        Raises `FormatError` if it is damaged.
+        """
+        section = self.index.cold.get("CDIG")
+        if section is None:
+            return None
+        stored = self.blob.read(section.offset, section.stored_length)
+        return decode_section(self.index.url, section, stored)
+
+
+def _runs_from(index: SnapshotIndex, chunk: int) -> Iterator[tuple[int, int, int]]:
+    row = max(int(index.runs["first_chunk"].searchsorted(chunk, "right")) - 1, 0)
+    for run in index.runs[row:]:
+        yield int(run["first_chunk"]), int(run["count"]), int(run["first_record"])

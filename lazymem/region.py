@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mapped range: which way it is filled, who keeps it alive, when it may go.
+
+Guarantees:
+- Memory that an array (or any view of one) shows is never unmapped: views hold the root array, the root
+  holds a lease, the lease holds the region. `close` refuses while a root is alive.
+- No call into the core runs on a region that is gone: calls are counted, and `close` first tells the core
+  to let waiters go, then waits for the count.
+- The lock here is never held during a call into the core, and never while memory is touched.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _native
+from ._native import NativeError, NativeRegion, RegionSpec
+from .catalog import ArrayTables, Catalog, Layout
+from .errors import (
+    BackendUnavailable,
+    ChunkCorrupt,
+    LazymemError,
+    OutOfMemory,
+    ReadError,
+    SnapshotChanged,
+    SnapshotClosed,
+)
+from .options import OpenOptions
+from .store.base import Blob
+
+logger = logging.getLogger("lazymem")
+
+Span = tuple[int, int]  # first chunk, count
+
+#: How long one call into the core may wait: the time until Ctrl-C is noticed.
+_WAIT_MS: Final = 50
+
+_REFUSALS: Final = {
+    -number
+    for number in (
+        errno.EPERM,
+        errno.EACCES,
+        errno.ENOSYS,
+        errno.ENOENT,
+        errno.ENODEV,
+        errno.ENXIO,
+        errno.EINVAL,
+        errno.EOPNOTSUPP,
+    )
+} | {_native.E_FEATURE}
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters of one snapshot since it was opened. Bytes and seconds, summed over all threads.
+
+    faults: messages from the kernel (several threads, or pages, of one chunk may each send one).
+    chunks_populated: by touch (chunks_demand) and by prefetch or read-ahead (chunks_prefetch).
+    bytes_populated: memory; bytes_read: stored bytes, in `requests` reads of the source.
+    read_, check_, decode_, install_seconds: where the time of populating went.
+    moved_chunks: populated by UFFDIO_MOVE. latency: demand faults by time from message to memory;
+    bucket b counts those of 2^b to 2^(b+1) nanoseconds.
+    Plain mappings are served by the kernel, which does not tell: all zero.
+    """
+
+    faults: int
+    chunks_populated: int
+    chunks_demand: int
+    chunks_prefetch: int
+    chunks_failed: int
+    bytes_populated: int
+    bytes_read: int
+    requests: int
+    read_seconds: float
+    check_seconds: float
+    decode_seconds: float
+    install_seconds: float
+    moved_chunks: int
+    latency: tuple[int, ...]
+
+    def latency_percentile(self, percent: float) -> float:
+        """Upper bound, in seconds, of the bucket that holds this percentile; 0.0 without faults."""
+        total = sum(self.latency)
+        seen = 0
+        for bucket, count in enumerate(self.latency):
+            seen += count
+            if total and seen >= total * percent / 100:
+                return float(2 ** (bucket + 1)) / 1e9
+        return 0.0
+
+
+class _Lease:
+    """What numpy takes the memory from, and the base that keeps the region alive."""
+
+    def __init__(self, region: Region, address: int, nbytes: int, readonly: bool) -> None:
+        self._region = region
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (nbytes,),
+            "data": (address, readonly),
+        }
+
+
+def _release(native: NativeRegion) -> None:
+    native.close_begin()
+    native.close_end()
+
+
+class Region:
+    """A range of memory that shows a layout. Made by `Region.open`."""
+
+    def __init__(
+        self, native: NativeRegion, url: str, catalog: Catalog, nbytes: int, blobs: Sequence[Blob], mode: str
+    ) -> None:
+        self.url = url
+        self.nbytes = nbytes
+        self.mode = mode
+        self._catalog = catalog
+        self.backend = native.backend
+        self.install = native.install
+        self.chunk_size = native.chunk_size
+        self.chunk_count = native.chunk_count
+        self._native = native
+        self._blobs = blobs
+        self._root: weakref.ref[NDArray[np.uint8]] | None = None
+        self._closed = False
+        self._reset_lock()
+        self._finalizer = weakref.finalize(self, _release, native)
+        # At interpreter exit arrays may be alive and in use by other threads; the process takes its
+        # memory with it.
+        self._finalizer.atexit = False
+        _regions.add(self)
+
+    def _reset_lock(self) -> None:
+        self._calls = 0
+        self._lock = threading.Condition(threading.Lock())
+
+    # ---- open ----
+
+    @classmethod
+    def open(cls, url: str, catalog: Catalog, blobs: Sequence[Blob], options: OpenOptions) -> Region:
+        """Map what the catalog lays out over `blobs`, which the caller keeps open.
+
+        Blocks only where the backend is "eager", which reads everything.
+        Raises `BackendUnavailable`, `OutOfMemory`; with "eager" also `ChunkCorrupt` and `ReadError`.
+        """
+        fds = [_descriptor(blob) for blob in blobs]
+        layout = catalog.layout(fds)
+        if (
+            layout.content_size == 0
+            or options.backend == "map"
+            or (options.backend == "auto" and options.install == "auto" and layout.pieces is not None)
+        ):
+            native = cls._open_map(url, layout, options)
+        else:
+            native = cls._open_faulting(url, layout, catalog.tables(), blobs, fds, options)
+        region = cls(native, url, catalog, layout.content_size, blobs, options.mode)
+        if native.backend == "eager":
+            try:
+                region.prefetch([(0, region.chunk_count)], wait=True)
+                native.seal()
+            except BaseException:
+                region.close()
+                raise
+        logger.debug("%s: %d bytes shown by backend %s", url, region.nbytes, region.backend)
+        return region
+
+    @classmethod
+    def _open_map(cls, url: str, layout: Layout, options: OpenOptions) -> NativeRegion:
+        if layout.pieces is None:
+            raise BackendUnavailable(
+                f"{url}: is compressed, and backend 'map' shows only plain bytes; use backend 'auto'"
+            )
+        try:
+            return NativeRegion.open_map(
+                max(layout.content_size, 1), layout.pieces, writable=options.mode == "c"
+            )
+        except NativeError as error:
+            raise _cannot_open(url, layout, error) from error
+
+    @classmethod
+    def _open_faulting(
+        cls, url: str, layout: Layout, tables: ArrayTables, blobs: Sequence[Blob], fds: list[int],
+        options: OpenOptions,
+    ) -> NativeRegion:  # fmt: skip
+        wanted = ("uffd", "uffd-user", "eager") if options.backend == "auto" else (options.backend,)
+        refusals: list[str] = []
+        for backend in wanted:
+            spec = RegionSpec(
+                url=url,
+                content_size=layout.content_size,
+                chunk_size=layout.chunk_size,
+                runs=layout.runs.tobytes(),
+                records=layout.records.tobytes(),
+                fds=fds,
+                source_sizes=[blob.size for blob in blobs],
+                backend=backend,
+                install="auto" if backend == "eager" else options.install,
+                writable=options.mode == "c",
+                threads=options.threads or 0,
+                readahead=options.readahead,
+                array_offsets=tables.offsets.tobytes(),
+                array_lengths=tables.lengths.tobytes(),
+                name_offsets=tables.name_offsets.tobytes() if len(tables.offsets) else b"",
+                names=tables.names,
+            )
+            try:
+                return NativeRegion.open(spec)
+            except NativeError as error:
+                if error.code not in _REFUSALS:
+                    raise _cannot_open(url, layout, error) from error
+                refusals.append(str(error))
+                logger.info("%s: backend %s is not to be had: %s", url, backend, error)
+        raise BackendUnavailable(
+            f"{url}: backend {options.backend!r} is not to be had here ({', '.join(refusals)}); `lazymem "
+            "doctor` says what to change, backend='auto' takes the best that there is"
+        )
+
+    # ---- lifetime ----
+
+    @contextmanager
+    def _using(self) -> Iterator[NativeRegion]:
+        """The core's region, which stays until the block ends."""
+        with self._lock:
+            self._check_open()
+            self._calls += 1
+        try:
+            yield self._native
+        except NativeError as error:
+            raise self._translate(error) from error
+        finally:
+            with self._lock:
+                self._calls -= 1
+                self._lock.notify_all()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SnapshotClosed(f"{self.url}: is closed; open it again")
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def root(self) -> NDArray[np.uint8]:
+        """All bytes of the region as one array, read-only in mode "r". Alive as long as any view of it."""
+        with self._lock:
+            self._check_open()
+            root = self._root() if self._root is not None else None
+            if root is None:
+                lease = _Lease(self, self._native.address, self.nbytes, self.mode == "r")
+                root = np.asarray(lease)
+                self._root = weakref.ref(root)
+            return root
+
+    def close(self) -> None:
+        """Give the memory back. Idempotent. Blocks until chunks in flight are done.
+
+        Waiting `prefetch` calls of other threads end with `SnapshotClosed`. Raises `BufferError`
+        while an array, or a view of one, is alive.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            if self._root is not None and self._root() is not None:
+                raise BufferError(
+                    f"{self.url}: arrays that show this snapshot are still alive; drop them (del) and "
+                    "their views before close()"
+                )
+            self._closed = True
+        self._native.close_begin()
+        with self._lock:
+            while self._calls:
+                self._lock.wait()
+        self._finalizer()
+
+    # ---- populate ----
+
+    def prefetch(self, spans: Sequence[Span], *, wait: bool) -> None:
+        """Populate chunks before they are touched. Without `wait` errors show at the next touch.
+
+        Releases the GIL. Raises `ChunkCorrupt`, `ReadError`, `SnapshotChanged`, `SnapshotClosed`.
+        """
+        with self._using() as native:
+            for first, count in spans:
+                while not native.prefetch(first, count):
+                    time.sleep(_WAIT_MS / 1000)  # the queue is full: 1,024 spans are waiting
+            if wait:
+                for first, count in spans:
+                    self._wait(native, first, count)
+
+    def _wait(self, native: NativeRegion, first: int, count: int) -> None:
+        done, cursor = False, first
+        while not done:
+            done, cursor = native.wait(first, count, cursor, _WAIT_MS)
+
+    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        """Copy bytes out of the region, without holding the GIL; populate the range first."""
+        with self._using() as native:
+            native.read_into(offset, out)
+
+    def spans(self, offset: int, nbytes: int) -> list[Span]:
+        """The chunks that hold these bytes: one span, or none for no bytes."""
+        if nbytes == 0:
+            return []
+        first = offset // self.chunk_size
+        return [(first, (offset + nbytes - 1) // self.chunk_size + 1 - first)]
+
+    # ---- look ----
+
+    def states(self) -> bytes:
+        """One byte a chunk: `_native.STATE_*`. Chunks of zeros count as present."""
+        with self._using() as native:
+            return native.states(0, self.chunk_count)
+
+    def stats(self) -> Stats:
+        with self._using() as native:
+            raw = native.stats()
+        return Stats(
+            faults=raw.faults,
+            chunks_populated=raw.chunks_demand + raw.chunks_prefetch,
+            chunks_demand=raw.chunks_demand,
+            chunks_prefetch=raw.chunks_prefetch,
+            chunks_failed=raw.chunks_failed,
+            bytes_populated=raw.bytes_populated,
+            bytes_read=raw.bytes_read,
+            requests=raw.reads,
+            read_seconds=raw.read_ns / 1e9,
+            check_seconds=raw.check_ns / 1e9,
+            decode_seconds=raw.decode_ns / 1e9,
+            install_seconds=raw.install_ns / 1e9,
+            moved_chunks=raw.moved_chunks,
+            latency=tuple(raw.latency),
+        )
+
+    def _translate(self, error: NativeError) -> LazymemError:
+        if error.code == _native.E_CLOSED:
+            return SnapshotClosed(f"{self.url}: was closed meanwhile; open it again")
+        if error.chunk is None:
+            return _cannot_open(self.url, None, error)
+        return self._chunk_error(error, error.chunk)
+
+    def _chunk_error(self, error: NativeError, chunk: int) -> LazymemError:
+        begin = chunk * self.chunk_size
+        array = self._catalog.name_at(begin, begin + self.chunk_size)
+        where = f"chunk {chunk}" + (f" (array {array!r})" if array is not None else "")
+        if any(blob.has_changed() for blob in self._blobs):
+            return SnapshotChanged(
+                f"{self.url}: was changed while it was open, {where} cannot be read ({error}); open it again",
+                url=self.url,
+            )
+        kinds: dict[int, type[ChunkCorrupt] | type[ReadError]] = {
+            _native.E_CHECKSUM: ChunkCorrupt,
+            _native.E_DECODE: ChunkCorrupt,
+            _native.E_RECORD: ChunkCorrupt,
+        }
+        return kinds.get(error.code, ReadError)(
+            f"{self.url}: {where} cannot be read: {error}; `lazymem verify` lists all bad chunks",
+            url=self.url,
+            chunk=chunk,
+            array=array,
+        )
+
+
+def _descriptor(blob: Blob) -> int:
+    fd = blob.fileno()
+    if fd is None:
+        raise ReadError(f"{blob.url}: is not a local file", url=blob.url)
+    return fd
+
+
+def _cannot_open(url: str, layout: Layout | None, error: NativeError) -> LazymemError:
+    if error.code == -errno.ENOMEM:
+        size = f"{layout.content_size} bytes" if layout is not None else "the request"
+        return OutOfMemory(f"{url}: there is no room for {size} in this process's address space (ulimit -v?)")
+    if error.code in (-errno.EMFILE, -errno.ENFILE):
+        return ReadError(f"{url}: no descriptor is free; raise the limit (ulimit -n)", url=url)
+    if error.code == -errno.EAGAIN:
+        return ReadError(f"{url}: no thread can be started; raise the limit (ulimit -u)", url=url)
+    return ReadError(f"{url}: cannot be shown in memory: {error}", url=url)
+
+
+# The child of a fork has one thread: a lock that another one held, or a call that it was in, would
+# never end. The core sees to its own side (engine.c).
+_regions: weakref.WeakSet[Region] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for region in list(_regions):
+        region._reset_lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`open`: a snapshot, or a container read in place, as a mapping of names to numpy arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .catalog import ArrayInfo, Catalog, DirectoryCatalog, IndexCatalog
+from .containers.detect import open_container
+from .errors import ArrayNotFound, OptionError
+from .format.index import is_snapshot
+from .format.reader import load_index
+from .options import OpenOptions
+from .region import Region, Span, Stats
+from .store.base import Blob
+from .store.local import LocalBlob
+
+StrPath = str | os.PathLike[str]
+
+
+class Snapshot(Mapping[str, NDArray[Any]]):
+    """An open snapshot: a mapping of names to numpy arrays that are read when they are touched.
+
+    Looking up an array reads nothing. Touching one of its elements populates the chunk that holds it,
+    while the touching thread waits. Arrays keep the memory alive when the Snapshot is gone.
+    Threads may share it. A context manager: leaving the block closes it.
+    """
+
+    def __init__(
+        self, url: str, catalog: Catalog, region: Region, blobs: tuple[Blob, ...], digest: str | None
+    ) -> None:
+        self._url = url
+        self._catalog = catalog
+        self._region = region
+        self._blobs = blobs
+        self._digest = digest
+
+    # ---- what it is ----
+
+    @property
+    def url(self) -> str:
+        """The path it was opened by."""
+        return self._url
+
+    @property
+    def format(self) -> str:
+        """ "lzm", or the container's: "safetensors", "safetensors-sharded", "npy", "npz", "raw"."""
+        return self._catalog.format
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The user's metadata, JSON-able; empty if there is none."""
+        return self._catalog.metadata
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 over the content (FORMAT.md, *Digest*) in hexadecimal; None for containers."""
+        return self._digest
+
+    @property
+    def mode(self) -> str:
+        """ "r" or "c"."""
+        return self._region.mode
+
+    @property
+    def backend(self) -> str:
+        """How memory is filled: "uffd", "uffd-user", "map" or "eager"."""
+        return self._region.backend
+
+    @property
+    def install(self) -> str:
+        """How chunks are put in place: "copy", "move", or "none" where no chunk is."""
+        return self._region.install if self.backend.startswith("uffd") else "none"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the region: all arrays, and what lies between them."""
+        return self._region.nbytes
+
+    @property
+    def chunk_size(self) -> int:
+        """Bytes populated at once."""
+        return self._region.chunk_size
+
+    @property
+    def chunk_count(self) -> int:
+        return self._region.chunk_count
+
+    @property
+    def closed(self) -> bool:
+        return self._region.closed
+
+    def info(self, name: str) -> ArrayInfo:
+        """Dtype, shape, order, size and place of an array. Raises `ArrayNotFound`."""
+        try:
+            return self._catalog.info(name)
+        except KeyError:
+            raise ArrayNotFound(
+                f"{self._url}: has no array {name!r}{_hint(name, self._catalog)}", url=self._url, name=name
+            ) from None
+
+    # ---- memory ----
+
+    @property
+    def buffer(self) -> memoryview:
+        """The whole region, bytes; read-only in mode "r". Keeps the region alive."""
+        return self._region.root().data
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """The array, shown in place: its dtype and shape, nothing read, nothing copied.
+
+        Writing to it is an error in mode "r" and private in mode "c". A touch whose bytes cannot be
+        had ends in SIGBUS, after a line on stderr that says why; `prefetch` raises instead.
+        Raises `ArrayNotFound`, `SnapshotClosed`.
+        """
+        info = self.info(name)
+        root = self._region.root()
+        return _shape(info, root[info.offset : info.offset + info.nbytes])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._catalog.names)
+
+    def __len__(self) -> int:
+        return len(self._catalog.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._catalog.names
+
+    # Arrays have no single truth value to compare by, so two snapshots are equal if they are one.
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    # ---- populate ----
+
+    def prefetch(self, names: str | Iterable[str] | None = None, *, wait: bool = False) -> None:
+        """Populate arrays (all, if no names are given) before they are touched.
+
+        Returns at once, or with `wait=True` when everything is in place; the GIL is free meanwhile, and
+        Ctrl-C is noticed. Touches by other threads go first. What failed before is tried again.
+        Raises `ArrayNotFound`, `SnapshotClosed`, and with `wait=True` `ChunkCorrupt`, `ReadError` and
+        `SnapshotChanged`.
+        """
+        self._region.prefetch(self._spans(names), wait=wait)
+
+    def _spans(self, names: str | Iterable[str] | None) -> list[Span]:
+        if names is None:
+            return [(0, self._region.chunk_count)] if self._region.nbytes else []
+        wanted = [names] if isinstance(names, str) else names
+        spans: list[Span] = []
+        for name in wanted:
+            info = self.info(name)
+            for first, count in self._region.spans(info.offset, info.nbytes):
+                # Small neighbours share chunks: one span for what touches the one before.
+                if spans and spans[-1][0] <= first <= spans[-1][0] + spans[-1][1]:
+                    before = spans[-1][0]
+                    count = max(first + count, before + spans[-1][1]) - before
+                    spans[-1] = (before, count)
+                else:
+                    spans.append((first, count))
+        return spans
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A copy of an array in memory of its own, writable. Blocks with the GIL released.
+
+        Populates the array first, so the bytes are then in memory twice until the region goes.
+        Raises what `prefetch(wait=True)` raises.
+        """
+        info = self.info(name)
+        self._region.prefetch(self._region.spans(info.offset, info.nbytes), wait=True)
+        data = np.empty(info.nbytes, np.uint8)
+        self._region.read_into(info.offset, data)
+        return _shape(info, data)
+
+    # ---- look ----
+
+    def stats(self) -> Stats:
+        """Counters since open. Raises `SnapshotClosed`."""
+        return self._region.stats()
+
+    def chunk_states(self) -> bytes:
+        """One byte a chunk: 0 absent, 1 loading, 2 present, 3 failed, 4 poisoned. Zeros are present."""
+        return self._region.states()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else self.backend
+        return (
+            f"<lazymem.Snapshot {self._url!r}: {len(self)} arrays, {self.nbytes} bytes, "
+            f"mode {self.mode!r}, {state}>"
+        )
+
+    # ---- lifetime ----
+
+    def close(self) -> None:
+        """Give memory and descriptors back. Idempotent; may wait for chunks in flight.
+
+        Raises `BufferError` while arrays, or views of them, are alive: the snapshot then stays open.
+        """
+        self._region.close()
+        for blob in self._blobs:
+            blob.close()
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            # The traceback holds the block's arrays; the error is what the caller needs to see.
+            with contextlib.suppress(BufferError):
+                self.close()
+
+
+def _shape(info: ArrayInfo, data: NDArray[np.uint8]) -> NDArray[Any]:
+    order: Any = info.order
+    return np.ndarray(info.shape, info.dtype, buffer=data, order=order)
+
+
+def _hint(name: str, catalog: Catalog) -> str:
+    import difflib  # only for the message
+
+    names = catalog.names
+    if len(names) > 10_000:
+        return f" among {len(names)}; `lazymem ls` lists them"
+    close = difflib.get_close_matches(name, names, 3)
+    if close:
+        return "; did you mean " + " or ".join(repr(other) for other in close) + "?"
+    return f" among {len(names)}; `lazymem ls` lists them"
+
+
+def open(
+    source: StrPath,
+    *,
+    mode: str = "r",
+    backend: str | None = None,
+    install: str | None = None,
+    threads: int | None = None,
+    chunk_size: int | None = None,
+    readahead: int | None = None,
+    as_format: str | None = None,
+) -> Snapshot:
+    """Open a snapshot, or another format's file, as memory. Reads its index and no more.
+
+    source: a path: a snapshot (.lzm), .safetensors (a file, a folder of shards or their
+        model.safetensors.index.json), .npy, .npz (stored members), or any other file, whose bytes are
+        the array "data". Content decides, not the suffix.
+    mode: "r", writing is an error; "c", copy-on-write: changes stay in this process's memory.
+    backend, install, threads, chunk_size, readahead: see `lazymem.options.OpenOptions`; left out,
+        the environment decides (LAZYMEM_BACKEND, LAZYMEM_INSTALL, LAZYMEM_THREADS).
+    as_format: read a container as "raw", "npy", "npz" or "safetensors" instead of finding out.
+
+    Uncompressed local files are mapped and share the page cache: their bytes are not checked when they
+    are touched (`verify` does it, or backend="uffd" for snapshots). Everything else is.
+    Raises `SnapshotNotFound`, `AccessDenied`, `FormatError`, `UnsupportedFormat`, `ReadError`,
+    `BackendUnavailable`, `OutOfMemory`, `OptionError`.
+    """
+    options = OpenOptions.from_environment(
+        mode=mode,
+        backend=backend,
+        install=install,
+        threads=threads,
+        chunk_size=chunk_size,
+        readahead=readahead,
+    )
+    with contextlib.ExitStack() as stack:
+        url, catalog, blobs, digest = _load(source, options, as_format, stack)
+        region = Region.open(url, catalog, blobs, options)
+        stack.pop_all()
+    return Snapshot(url, catalog, region, blobs, digest)
+
+
+def _load(
+    source: StrPath, options: OpenOptions, as_format: str | None, stack: contextlib.ExitStack
+) -> tuple[str, Catalog, tuple[Blob, ...], str | None]:
+    path = os.fspath(source)
+    if not isinstance(path, str):
+        raise OptionError(f"source is {path!r}; it must be a str or a path of one")
+    if as_format is None and not os.path.isdir(path):
+        blob = LocalBlob(path)
+        if is_snapshot(blob.read(0, min(8, blob.size))):
+            stack.callback(blob.close)
+            index = load_index(blob)
+            return path, IndexCatalog(index), (blob,), index.digest.hex()
+        blob.close()
+    directory = open_container(path, as_format=as_format)
+    stack.callback(directory.close)
+    return path, DirectoryCatalog(directory, options.chunk_size), tuple(directory.files), None
+
+
+def open_array(source: StrPath, name: str | None = None, **options: Any) -> NDArray[Any]:
+    """One array of `source`, shown in place; the array keeps the region alive.
+
+    name: which; may be left out if there is only one. options: as for `open`. Raises as `open`, and
+    `ArrayNotFound`.
+    """
+    snapshot = open(source, **options)
+    if name is None:
+        if len(snapshot) != 1:
+            names = ", ".join(repr(other) for other in list(snapshot)[:5])
+            raise OptionError(
+                f"{snapshot.url}: holds {len(snapshot)} arrays ({names} ...); say which one by name="
+            )
+        name = next(iter(snapshot))
+    return snapshot[name]

@@ -1,0 +1,312 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The engine under threads: many touch, some prefetch, regions open and close, chunks fail. Driven from
+ * C so that it runs under ASan/UBSan and under TSan. Argument "fork" adds the child of a fork, which
+ * TSan does not follow.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "engine.h"
+#include "harness.h"
+
+#define CHUNK  65536u
+#define CHUNKS 48u
+#define ZEROS  8u /* of them, in the middle */
+#define STORED (CHUNKS - ZEROS)
+#define TAIL   1000u /* bytes of content in the last chunk */
+
+static unsigned char *content; /* what the region must show */
+static int backend;
+
+static int make_source(lm_chunk_record *records)
+{
+    int fd = memfd_create("source", MFD_CLOEXEC);
+    uint64_t at = 0;
+    unsigned i;
+
+    CHECK(fd >= 0);
+    for (i = 0; i < STORED; i++) {
+        unsigned chunk = i < STORED / 2 ? i : i + ZEROS;
+        unsigned char *bytes = content + (size_t)chunk * CHUNK, planes[CHUNK];
+        size_t length = chunk == CHUNKS - 1 ? TAIL : CHUNK;
+
+        fill_random(bytes, length, chunk + 1);
+        CHECK(lm_planes_split(bytes, planes, length, 4) == 0);
+        records[i] = (lm_chunk_record){ .offset = at, .stored_length = (uint32_t)length };
+        if (i % 2) {
+            records[i].filter = LM_FILTER_PLANES;
+            records[i].width = 4;
+        }
+        records[i].checksum = lm_codec_checksum(i % 2 ? planes : bytes, length);
+        CHECK(pwrite(fd, i % 2 ? planes : bytes, length, (off_t)at) == (ssize_t)length);
+        at += length;
+    }
+    return fd;
+}
+
+static lm_chunk_record records[STORED];
+static lm_run runs[] = {
+    { 0, STORED / 2, 0 }, { STORED / 2, ZEROS, LM_ZERO_RUN }, { STORED / 2 + ZEROS, STORED / 2, STORED / 2 },
+};
+static uint64_t source_size = (STORED - 1) * (uint64_t)CHUNK + TAIL;
+static int source;
+
+static int open_region(lm_region **ret_region)
+{
+    lm_region_spec spec = {
+        .content_size = (CHUNKS - 1) * (uint64_t)CHUNK + TAIL,
+        .chunk_size = CHUNK,
+        .backend = backend,
+        .writable = 1,
+        .threads = 3,
+        .readahead = 4,
+        .runs = runs,
+        .run_count = 3,
+        .records = records,
+        .record_count = STORED,
+        .fds = &source,
+        .source_sizes = &source_size,
+        .source_count = 1,
+        .url = "memfd",
+    };
+
+    return lm_region_open(&spec, ret_region);
+}
+
+struct toucher {
+    lm_region *region;
+    uint64_t seed;
+};
+
+static void *touch(void *argument)
+{
+    struct toucher *self = argument;
+    const unsigned char *shown = lm_region_address(self->region);
+    int i;
+
+    for (i = 0; i < 400; i++) {
+        size_t at = next_random(&self->seed) % ((size_t)CHUNKS * CHUNK);
+
+        CHECK(shown[at] == content[at]);
+    }
+    return NULL;
+}
+
+static void *prefetch(void *argument)
+{
+    struct toucher *self = argument;
+    uint64_t cursor = 0, failed;
+    int result;
+
+    CHECK(lm_region_prefetch(self->region, 0, CHUNKS) == 0);
+    while ((result = lm_region_wait(self->region, 0, CHUNKS, 5, &cursor, &failed)) == 0)
+        ;
+    CHECK(result == 1);
+    return NULL;
+}
+
+static void test_threads_read_right_bytes(void)
+{
+    int round;
+
+    for (round = 0; round < 20; round++) {
+        struct toucher touchers[5];
+        pthread_t threads[5];
+        lm_region *region;
+        lm_stats stats;
+        int i;
+
+        CHECK(open_region(&region) == 0);
+        for (i = 0; i < 5; i++) {
+            touchers[i] = (struct toucher){ region, (uint64_t)(100 * round + i + 1) };
+            CHECK(pthread_create(&threads[i], NULL, i == 4 ? prefetch : touch, &touchers[i]) == 0);
+        }
+        for (i = 0; i < 5; i++)
+            pthread_join(threads[i], NULL);
+        CHECK(memcmp(lm_region_address(region), content, (size_t)CHUNKS * CHUNK) == 0);
+        lm_region_stats(region, &stats);
+        CHECK(stats.chunks_demand + stats.chunks_prefetch <= CHUNKS);
+        CHECK(stats.chunks_failed == 0);
+        lm_region_close_begin(region);
+        lm_region_close_end(region);
+        CHECK(lm_engine_region_count() == 0 && lm_engine_thread_count() == 0);
+    }
+}
+
+static void test_close_while_a_prefetch_waits(void)
+{
+    int round;
+
+    for (round = 0; round < 50; round++) {
+        uint64_t cursor = 0, failed;
+        lm_region *region;
+        int result;
+
+        CHECK(open_region(&region) == 0);
+        CHECK(lm_region_prefetch(region, 0, CHUNKS) == 0);
+        lm_region_close_begin(region);
+        result = lm_region_wait(region, 0, CHUNKS, 1000, &cursor, &failed);
+        CHECK(result == LM_E_CLOSED);
+        CHECK(lm_region_prefetch(region, 0, 1) == LM_E_CLOSED);
+        lm_region_close_end(region);
+    }
+}
+
+static void test_failed_chunk_is_named_and_heals(void)
+{
+    uint64_t cursor = 0, failed = 0;
+    unsigned char byte = 0, was;
+    uint8_t states[CHUNKS];
+    lm_region *region;
+    off_t at = (off_t)records[5].offset + 10;
+    int result;
+
+    CHECK(pread(source, &was, 1, at) == 1);
+    byte = (unsigned char)(was ^ 1);
+    CHECK(pwrite(source, &byte, 1, at) == 1);
+    CHECK(open_region(&region) == 0);
+    CHECK(lm_region_prefetch(region, 0, CHUNKS) == 0);
+    while ((result = lm_region_wait(region, 0, CHUNKS, 5, &cursor, &failed)) == 0)
+        ;
+    CHECK(result == LM_E_CHECKSUM && failed == 5);
+    CHECK(lm_region_states(region, 0, CHUNKS, states) == 0 && states[5] == LM_STATE_FAILED);
+    CHECK(pwrite(source, &was, 1, at) == 1);
+    cursor = 0;
+    CHECK(lm_region_prefetch(region, 0, CHUNKS) == 0);
+    while ((result = lm_region_wait(region, 0, CHUNKS, 5, &cursor, &failed)) == 0)
+        ;
+    CHECK(result == 1);
+    CHECK(memcmp(lm_region_address(region), content, (size_t)CHUNKS * CHUNK) == 0);
+    lm_region_close_begin(region);
+    lm_region_close_end(region);
+}
+
+/* A touch of a chunk that cannot be had ends in a signal, with UFFDIO_POISON and without it; asked for
+ * again, the chunk heals. `failing` is what the touching child must die of. */
+static void test_failed_touch(int failing, unsigned without)
+{
+    off_t at = (off_t)records[7].offset + 100;
+    unsigned char was, byte;
+    lm_region *region;
+    int status;
+    pid_t pid;
+
+    CHECK(pread(source, &was, 1, at) == 1);
+    byte = (unsigned char)(was ^ 0x80);
+    CHECK(pwrite(source, &byte, 1, at) == 1);
+    pid = fork();
+    CHECK(pid >= 0);
+    if (pid == 0) {
+        alarm(20);
+        CHECK(dup2(open("/dev/null", O_WRONLY), STDERR_FILENO) >= 0);
+        signal(failing, SIG_DFL);
+        CHECK(open_region(&region) == 0);
+        lm_engine.uffds[region->uffd].can &= ~without;
+        _exit(((volatile unsigned char *)lm_region_address(region))[7 * CHUNK] == content[7 * CHUNK]);
+    }
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK(WIFSIGNALED(status) && WTERMSIG(status) == failing);
+    CHECK(pwrite(source, &was, 1, at) == 1);
+}
+
+static void test_bad_descriptions_are_refused(void)
+{
+    lm_region_spec spec = { .content_size = 1, .chunk_size = 12345, .url = "" };
+    lm_region *region = NULL;
+
+    CHECK(lm_region_open(&spec, &region) == -EINVAL);
+    spec.chunk_size = CHUNK;
+    spec.content_size = UINT64_MAX;
+    CHECK(lm_region_open(&spec, &region) == -EINVAL);
+    spec.content_size = 1;
+    CHECK(lm_region_open(&spec, &region) == -EINVAL); /* no run covers it */
+    CHECK(region == NULL && lm_engine_region_count() == 0 && lm_engine_thread_count() == 0);
+}
+
+/* The application gives pages back; the region shows the same bytes again, not zeros. */
+static void test_pages_given_back_come_again(void)
+{
+    lm_region *region;
+    unsigned char *shown;
+    size_t i;
+
+    CHECK(open_region(&region) == 0);
+    shown = lm_region_address(region);
+    for (i = 0; i < (size_t)CHUNKS * CHUNK; i += 4096)
+        CHECK(shown[i] == content[i]);
+    CHECK(madvise(shown + 8192, 5 * CHUNK, MADV_DONTNEED) == 0);
+    CHECK(memcmp(shown, content, (size_t)CHUNKS * CHUNK) == 0);
+    lm_region_close_begin(region);
+    lm_region_close_end(region);
+}
+
+static void test_fork_during_touches(void)
+{
+    int round;
+
+    for (round = 0; round < 10; round++) {
+        struct toucher toucher = { NULL, (uint64_t)round + 1 };
+        pthread_t thread;
+        int status;
+        pid_t pid;
+
+        CHECK(open_region(&toucher.region) == 0);
+        CHECK(pthread_create(&thread, NULL, touch, &toucher) == 0);
+        CHECK(lm_region_prefetch(toucher.region, 10, 20) == 0);
+        pid = fork();
+        CHECK(pid >= 0);
+        if (pid == 0) {
+            alarm(20);
+            _exit(memcmp(lm_region_address(toucher.region), content, (size_t)CHUNKS * CHUNK) == 0 ? 0 : 1);
+        }
+        CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+        pthread_join(thread, NULL);
+        lm_region_close_begin(toucher.region);
+        lm_region_close_end(toucher.region);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    lm_way_report report = { .error = ENOSYS };
+    lm_region *region;
+
+    CHECK(lm_codec_find(LM_FN_XXH3_64, "libxxhash.so.0", "XXH3_64bits") == 0);
+    content = calloc(CHUNKS, CHUNK);
+    CHECK(content != NULL);
+    source = make_source(records);
+    test_bad_descriptions_are_refused();
+    backend = LM_BACKEND_UFFD;
+    if (open_region(&region) < 0) {
+        backend = LM_BACKEND_UFFD_USER;
+        CHECK(lm_probe_way(LM_WAY_USER_ONLY, &report) == 0);
+        if (report.error != 0) {
+            puts("no userfaultfd here");
+            return 77;
+        }
+    } else {
+        lm_region_close_begin(region);
+        lm_region_close_end(region);
+    }
+    test_threads_read_right_bytes();
+    test_close_while_a_prefetch_waits();
+    test_failed_chunk_is_named_and_heals();
+    test_pages_given_back_come_again();
+    if (argc > 1 && strcmp(argv[1], "fork") == 0) {
+        test_fork_during_touches();
+        test_failed_touch(SIGBUS, 0);
+        test_failed_touch(SIGSEGV, LM_CAN_POISON);
+    }
+    free(content);
+    close(source);
+    puts("ok");
+    return 0;
+}

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the C tests with the core's own sources, under sanitizers, and runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import lazymem._native
+
+NATIVE = Path(lazymem._native.__file__).parent
+HERE = Path(__file__).parent
+SANITIZERS = {
+    "plain": (),
+    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-fsanitize=thread",),
+}
+
+
+def load_build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lazymem_native_build", NATIVE / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("program", ["test_uffd", "test_leaves", "test_engine"])
+def test_native_program_passes(program: str, sanitizer: str, tmp_path: Path) -> None:
+    build = load_build()
+    target = tmp_path / program
+    sources = [HERE / f"{program}.c", *(NATIVE / name for name in build.SOURCES)]
+    flags = [*build.FLAGS, "-g", "-O1", "-Werror", *SANITIZERS[sanitizer], f"-I{NATIVE}", f"-I{HERE}"]
+    subprocess.run(["cc", *flags, *map(str, sources), "-o", str(target), "-ldl"], check=True)
+    arguments = [] if sanitizer == "thread" else ["fork"]
+    env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=1"}
+    done = subprocess.run(
+        [str(target), *arguments], capture_output=True, text=True, timeout=100, env=env, check=False
+    )
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "ok\n"
