@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 from .catalog import ArrayInfo, Catalog, DirectoryCatalog, IndexCatalog
 from .containers.detect import open_container
 from .errors import ArrayNotFound, OptionError
-from .format.index import is_snapshot
-from .format.reader import load_index
+from .format.reader import load_index, open_snapshot
 from .options import OpenOptions
 from .region import Region, Span, Stats
 from .store.base import Blob
-from .store.local import LocalBlob
 
 StrPath = str | os.PathLike[str]
 
@@ -283,13 +281,11 @@ def _load(
     path = os.fspath(source)
     if not isinstance(path, str):
         raise OptionError(f"source is {path!r}; it must be a str or a path of one")
-    if as_format is None and not os.path.isdir(path):
-        blob = LocalBlob(path)
-        if is_snapshot(blob.read(0, min(8, blob.size))):
-            stack.callback(blob.close)
-            index = load_index(blob)
-            return path, IndexCatalog(index), (blob,), index.digest.hex()
-        blob.close()
+    blob = open_snapshot(path) if as_format is None else None
+    if blob is not None:
+        stack.callback(blob.close)
+        index = load_index(blob)
+        return path, IndexCatalog(index), (blob,), index.digest.hex()
     directory = open_container(path, as_format=as_format)
     stack.callback(directory.close)
     return path, DirectoryCatalog(directory, options.chunk_size), tuple(directory.files), None

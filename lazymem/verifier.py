@@ -97,6 +97,10 @@ def _looks_like_snapshot(blob: Blob) -> bool:
     return is_snapshot(head) or is_snapshot(blob.read(blob.size - tail, tail))
 
 
+class _Damaged(Exception):
+    """What is wrong with one chunk, without saying which."""
+
+
 class _Verification:
     def __init__(self, reader: SnapshotReader, deep: bool) -> None:
         self._reader = reader
@@ -178,10 +182,11 @@ class _Verification:
             chunk, record = first_chunk + i, first_record + i
             try:
                 found += self._check_one(chunk, record)
-            except (ChunkCorrupt, ReadError) as error:
+            except (ChunkCorrupt, ReadError, _Damaged) as error:
                 row = self._index.records[record]
                 arrays = tuple(self._reader.chunk_arrays(chunk))
-                bad.append(BadChunk(chunk, int(row["offset"]), int(row["stored_length"]), arrays, str(error)))
+                cause = str(error.__cause__ or error)  # the error itself names the chunk once more
+                bad.append(BadChunk(chunk, int(row["offset"]), int(row["stored_length"]), arrays, cause))
         return count, bytes(found), bad
 
     def _check_one(self, chunk: int, record: int) -> bytes:
@@ -189,21 +194,13 @@ class _Verification:
         stored = self._reader.read_stored(record)
         if not self._deep:
             if _native.checksum(stored) != int(index.records["checksum"][record]):
-                raise self._corrupt(chunk, "its stored bytes do not match their checksum")
+                raise _Damaged("the stored bytes do not match their checksum")
             return b""
         digest = hashlib.sha256(self._reader.decode(chunk, record, stored)).digest()
         size = structs.DIGEST_SIZE
         if self._digests is not None and digest != self._digests[record * size : (record + 1) * size]:
-            raise self._corrupt(chunk, "it decodes to bytes of another SHA-256")
+            raise _Damaged("the chunk decodes to bytes of another SHA-256")
         return digest
-
-    def _corrupt(self, chunk: int, what: str) -> ChunkCorrupt:
-        url = self._index.url
-        return ChunkCorrupt(
-            f"{url}: chunk {chunk} is damaged: {what}; copy the file again or build it anew",
-            url=url,
-            chunk=chunk,
-        )
 
 
 def _batches(reader: SnapshotReader) -> Iterator[tuple[int, int, int]]:

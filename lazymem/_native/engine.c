@@ -130,7 +130,7 @@ static void run_ahead_locked(struct lm_region *region, uint64_t chunk)
 {
     uint64_t last = region->ahead.last, end, start, limit;
 
-    if (region->readahead == 0 || chunk == last)
+    if (region->readahead == 0 || chunk == last || !engine->has_helpers)
         return;
     region->ahead.last = chunk;
     if (chunk != last + 1 && !(chunk > last && chunk <= region->ahead.end)) {
@@ -432,11 +432,18 @@ static int start_threads(struct lm_worker *workers, int count, void *(*body)(voi
     return started > 0 ? 0 : error; /* one thread does the work of many, only later */
 }
 
-int lm_engine_threads_locked(bool helpers)
+int lm_engine_threads_locked(void)
 {
     int error = start_threads(engine->resolvers, engine->resolver_count, resolve);
 
-    return error < 0 || !helpers ? error : start_threads(engine->helpers, engine->helper_count, help);
+    if (error == 0)
+        error = start_threads(engine->helpers, engine->helper_count, help);
+    if (error == 0) {
+        pthread_mutex_lock(&engine->lock);
+        engine->has_helpers = true;
+        pthread_mutex_unlock(&engine->lock);
+    }
+    return error;
 }
 
 static void stop_threads(struct lm_worker *workers, int count)
@@ -461,6 +468,7 @@ static void stop(void)
         ring(LM_MAX_RESOLVERS);
     stop_threads(engine->resolvers, LM_MAX_RESOLVERS);
     stop_threads(engine->helpers, LM_MAX_HELPERS);
+    engine->has_helpers = false;
     close_descriptors();
     lm_sys_free(engine->regions, engine->region_capacity * sizeof *engine->regions);
     engine->regions = NULL;
@@ -480,7 +488,7 @@ int lm_engine_acquire_locked(int threads)
     int cpus, error;
 
     if (engine->users > 0) {
-        error = lm_engine_threads_locked(false);
+        error = lm_engine_threads_locked();
         engine->users += error == 0;
         return error;
     }
@@ -496,7 +504,7 @@ int lm_engine_acquire_locked(int threads)
     lm_queue_clear(&engine->queue);
     error = open_poller();
     if (error == 0)
-        error = lm_engine_threads_locked(false);
+        error = lm_engine_threads_locked();
     if (error < 0) {
         stop();
         return error;
@@ -664,6 +672,7 @@ static void after_fork_in_child(void)
     lm_queue_clear(&engine->queue);
     forget_workers(engine->resolvers, LM_MAX_RESOLVERS);
     forget_workers(engine->helpers, LM_MAX_HELPERS);
+    engine->has_helpers = false;
 
     for (index = 0; index < LM_UFFD_COUNT; index++)
         used[index] = engine->uffds[index].fd >= 0;

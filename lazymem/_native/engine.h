@@ -100,7 +100,7 @@ struct lm_engine {
     pthread_cond_t progress; /* lm_region_wait and lm_region_close_end wait here */
 
     unsigned users; /* regions that need the engine */
-    bool stopping;
+    bool stopping, has_helpers; /* under lock; the child of a fork starts without helpers */
     int poller, bell;
     struct lm_uffd uffds[LM_UFFD_COUNT];
     int resolver_count, helper_count; /* wanted */
@@ -117,7 +117,7 @@ extern struct lm_engine lm_engine;
 int lm_engine_acquire_locked(int threads); /* start if need be */
 void lm_engine_release_locked(void);       /* stop after the last */
 int lm_engine_uffd_locked(int backend, int *ret_index);
-int lm_engine_threads_locked(bool helpers); /* have all wanted threads run */
+int lm_engine_threads_locked(void);        /* have all wanted threads run */
 int lm_engine_insert(struct lm_region *region);
 void lm_engine_remove(struct lm_region *region);
 

@@ -458,7 +458,7 @@ int lm_region_prefetch(lm_region *region, uint64_t first, uint64_t count)
         return map_prefetch(region, first, count);
 
     pthread_mutex_lock(&lm_engine.lifecycle);
-    error = lm_engine_threads_locked(true);
+    error = lm_engine_threads_locked();
     pthread_mutex_unlock(&lm_engine.lifecycle);
     if (error < 0)
         return error;

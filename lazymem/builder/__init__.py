@@ -6,7 +6,6 @@ Owns what happens to the destination: it appears whole and synced, or not at all
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import stat
 import sys
@@ -19,11 +18,10 @@ from typing import Any, BinaryIO, Final, cast
 from ..containers.base import Directory
 from ..containers.detect import open_container
 from ..errors import BuildError, OptionError
-from ..format import structs
-from ..format.index import is_snapshot
+from ..format.reader import open_snapshot
 from ..format.writer import SnapshotWriter, metadata_section
 from ..options import DEFAULT_CHUNK_SIZE, BuildOptions
-from ..store.local import AtomicFile, LocalBlob
+from ..store.local import AtomicFile
 from .containers import ContainerSource, combine
 from .sources import ArraySource, SnapshotSource, Source, StreamSource, file_name_of
 
@@ -177,15 +175,13 @@ def _open_source(source: BuildSource) -> Source:
 def _open_path(path: str) -> Source:
     if _is_stream(path):
         return StreamSource(open(path, "rb"), file_name="data", close=True)
-    if not os.path.isdir(path):
-        blob = LocalBlob(path)
+    blob = open_snapshot(path)
+    if blob is not None:
         try:
-            if is_snapshot(blob.read(0, min(blob.size, structs.HEAD.size))):
-                return SnapshotSource(blob)
+            return SnapshotSource(blob)
         except BaseException:
             blob.close()
             raise
-        blob.close()
     return ContainerSource(open_container(path))
 
 
@@ -202,10 +198,10 @@ def _open_paths(paths: list[str]) -> Source:
     directories: list[Directory] = []
     try:
         for path in paths:
-            if not os.path.isdir(path):
-                with LocalBlob(path) as blob:
-                    if is_snapshot(blob.read(0, min(blob.size, structs.HEAD.size))):
-                        raise BuildError(f"{path}: is a snapshot; a snapshot can only be built from alone")
+            blob = open_snapshot(path)
+            if blob is not None:
+                blob.close()
+                raise BuildError(f"{path}: is a snapshot; a snapshot can only be built from alone")
             directories.append(open_container(path))
         return ContainerSource(combine(directories))
     except BaseException:
@@ -215,6 +211,8 @@ def _open_paths(paths: list[str]) -> Source:
 
 
 def _created_by() -> str:
+    import importlib.metadata  # slow to import, and only a build needs it
+
     try:
         return f"lazymem {importlib.metadata.version('lazymem')}"
     except importlib.metadata.PackageNotFoundError:  # run from a checkout

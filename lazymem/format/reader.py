@@ -7,6 +7,7 @@ the blob stays the caller's.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +15,31 @@ from dataclasses import dataclass
 from .. import _native
 from ..errors import ChunkCorrupt, UnsupportedFormat
 from ..store.base import Blob
+from ..store.local import LocalBlob
 from . import structs
-from .index import SnapshotIndex, parse_index
+from .index import SnapshotIndex, is_snapshot, parse_index
 from .sections import decode_section
 
 #: Zeros are handed out in pieces of this size, all of them one object.
 _ZEROS = memoryview(bytes(1 << 20))
+
+
+def open_snapshot(path: str) -> LocalBlob | None:
+    """The file, opened, if it is a snapshot by its first bytes; None for anything else, folders too.
+
+    Raises `SnapshotNotFound`, `AccessDenied`, `ReadError`.
+    """
+    if os.path.isdir(path):
+        return None
+    blob = LocalBlob(path)
+    try:
+        if is_snapshot(blob.read(0, min(blob.size, len(structs.HEAD_MAGIC)))):
+            return blob
+    except BaseException:
+        blob.close()
+        raise
+    blob.close()
+    return None
 
 
 def load_index(blob: Blob) -> SnapshotIndex:

@@ -368,3 +368,47 @@ def test_ordinary_user_opens_and_reads(snapshot_path: Path, arrays: Arrays, tmp_
     assert out[-1] == "True"
     if out[0].startswith("uffd-user"):
         assert out[1] == "Bad address"
+
+
+def test_touch_goes_before_a_long_prefetch(tmp_path: Path) -> None:
+    """Its chunk is the last of the queue; were it to wait its turn, everything would be there before it."""
+    path = tmp_path / "long.lzm"
+    data = np.random.default_rng(4).standard_normal(6_000_000).astype(np.float32)
+    lazymem.build({"x": data}, path, chunk_size=1 << 16)
+    with lazymem.open(path) as snap:
+        snap.prefetch()
+        assert snap["x"][-1] == data[-1]
+        assert snap.stats().chunks_prefetch < snap.chunk_count // 2
+        snap.prefetch(wait=True)
+        assert np.array_equal(snap["x"], data)
+        assert snap.stats().chunks_populated == snap.chunk_count
+
+
+def test_readahead_stays_within_the_array(snapshot_path: Path) -> None:
+    with lazymem.open(snapshot_path, readahead=8) as snap:
+        info = snap.info("layer.2.weight")
+        first = info.offset // snap.chunk_size
+        last = (info.offset + info.nbytes - 1) // snap.chunk_size
+        assert float(np.abs(snap["layer.2.weight"]).sum()) > 0
+        snap.prefetch("layer.2.weight", wait=True)
+        stats = snap.stats()
+        assert stats.chunks_prefetch > 0
+        states = snap.chunk_states()
+        zeros = lazymem.open(snapshot_path)
+        untouched = zeros.chunk_states()
+        zeros.close()
+        assert [i for i in range(snap.chunk_count) if states[i] != untouched[i]] == list(
+            range(first, last + 1)
+        )
+
+
+def test_readahead_is_not_taken_by_random_access(snapshot_path: Path) -> None:
+    with lazymem.open(snapshot_path, readahead=8) as snap:
+        array = snap["layer.2.weight"].reshape(-1)
+        rows = np.random.default_rng(8).permutation(np.arange(0, array.size, 16384))[:10]
+        far = [int(row) for i, row in enumerate(rows) if i == 0 or abs(int(row) - int(rows[i - 1])) > 200_000]
+        for at in far:
+            float(array[at])
+        stats = snap.stats()
+        assert (stats.chunks_demand, stats.chunks_prefetch) == (len(far), 0)
+        del array

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lazymem build`."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import click
+
+from ..options import CODECS
+from .text import count, human_bytes, human_seconds, plain, progress
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes with an optional unit, powers of 1024: 65536, 64K, 2M, 2MiB."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9]{1,15})([kmg]?)(?:ib|b)?", str(value).strip(), re.IGNORECASE | re.ASCII)
+        if match is None:
+            self.fail(f"{value!r} is not a size; write 65536, 64K or 2M", param, ctx)
+        return int(match[1]) * _UNITS[match[2].lower()]
+
+
+class KeyValue(click.ParamType[tuple[str, str]]):
+    """KEY=VALUE."""
+
+    name = "key=value"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        key, separator, text = str(value).partition("=")
+        if not separator or not key:
+            self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
+        return key, text
+
+
+@click.command(short_help="Make a snapshot of files, arrays or standard input.")
+@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
+@click.argument("destination", metavar="DST")
+@click.option(
+    "--codec", type=click.Choice(CODECS), default="zstd", show_default=True, help="How chunks are compressed."
+)
+@click.option(
+    "--level", type=int, help="The codec's level: zstd -50 to 22 (default 3), lz4 1 to 12 (default 1)."
+)
+@click.option(
+    "--chunk-size",
+    type=Size(),
+    default="2M",
+    show_default=True,
+    help="Bytes populated at once, such as 64K or 2M; a power of two from 64K to 64M.",
+)
+@click.option(
+    "--planes/--no-planes",
+    default=None,
+    help="Split floating-point chunks into byte planes first, always or never; default: where it pays.",
+)
+@click.option("--threads", type=int, help="Compressing threads; default: one per processor.")
+@click.option(
+    "--metadata",
+    type=KeyValue(),
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="A string to keep with the snapshot; may be given again.",
+)
+@click.option("--no-overwrite", is_flag=True, help="Refuse to replace an existing DST.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar, no summary.")
+def build(
+    sources: tuple[str, ...],
+    destination: str,
+    codec: str,
+    level: int | None,
+    chunk_size: int,
+    planes: bool | None,
+    threads: int | None,
+    metadata: tuple[tuple[str, str], ...],
+    no_overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Build the snapshot DST from SRC.
+
+    SRC is a .safetensors, .npy or .npz file, a folder of safetensors shards, another snapshot, any
+    other file (its bytes become the array "data"), or - for standard input. Several SRC are put into
+    one snapshot. DST appears when it is whole and synced; until then nothing stands under its name.
+    Memory stays bounded whatever the size of SRC.
+
+    \b
+    Examples:
+      lazymem build model.safetensors model.lzm
+      lazymem build --codec lz4 --chunk-size 64K weights.npz weights.lzm
+      lazymem build --metadata run=42 --metadata by=me shards/ model.lzm
+      zcat memory.img.gz | lazymem build - memory.lzm
+    """
+    from ..builder import build as build_snapshot
+
+    if sources == ("-",) and sys.stdin.isatty():
+        raise click.UsageError("standard input is a terminal; pipe the bytes in, or name a file")
+    with progress(f"building {destination}", quiet=quiet) as report:
+        result = build_snapshot(
+            sources[0] if len(sources) == 1 else list(sources),
+            destination,
+            codec=codec,
+            level=level,
+            chunk_size=chunk_size,
+            planes=planes,
+            threads=threads,
+            metadata=dict(metadata),
+            overwrite=not no_overwrite,
+            progress=report,
+        )
+    if not quiet and sys.stdout.isatty():
+        ratio = result.source_bytes / result.file_bytes
+        click.echo(
+            f"{plain(destination)}: {count(result.arrays, 'array')}, {human_bytes(result.source_bytes)} -> "
+            f"{human_bytes(result.file_bytes)} (ratio {ratio:.2f}), {human_seconds(result.seconds)}, "
+            f"digest {result.digest}"
+        )

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lazymem cat`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+
+@click.command(short_help="Write the bytes of one array to standard output.")
+@click.argument("source", metavar="SRC")
+@click.argument("name", metavar="NAME")
+def cat(source: str, name: str) -> None:
+    """Write the bytes of the array NAME of the snapshot SRC to standard output.
+
+    Raw bytes as they lie in memory: no header. They are checked before they are written.
+
+    \b
+    Examples:
+      lazymem cat model.lzm embeddings.position_ids | xxd | head
+      lazymem cat memory.lzm data > memory.img
+      lazymem cat model.lzm embeddings.position_ids | sha256sum
+    """
+    from ..extractor import cat as cat_array
+
+    out = sys.stdout.buffer
+    if out.isatty():
+        raise click.UsageError("standard output is a terminal, which raw bytes would upset; redirect it")
+    cat_array(source, name, out)
+    out.flush()

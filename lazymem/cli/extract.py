@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lazymem extract`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from .text import plain, progress
+
+
+@click.command(short_help="Get the original files back, or arrays as other formats.")
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(("npz", "npy", "raw", "safetensors")),
+    help="Write this instead of the original container.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar, no list of files.")
+def extract(
+    source: str,
+    destination: str,
+    names: tuple[str, ...],
+    format_: str | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Write what is in the snapshot SRC to DST: the files it was built from, or the arrays NAME.
+
+    Without options DST becomes the original container, byte for byte and checked by its SHA-256; a
+    folder, if there were several files. Snapshots of arrays that were in memory, or NAMEs, become an
+    .npz. Every file appears whole or not at all.
+
+    \b
+    Examples:
+      lazymem extract model.lzm model.safetensors
+      lazymem extract --format npz model.lzm weights.npz
+      lazymem extract --format npy model.lzm bias.npy pooler.dense.bias
+      lazymem extract --format raw memory.lzm memory.img
+    """
+    from ..extractor import extract as extract_snapshot
+
+    with progress(f"extracting {source}", quiet=quiet) as report:
+        written = extract_snapshot(
+            source, destination, format=format_, names=names or None, overwrite=overwrite, progress=report
+        )
+    if not quiet and sys.stdout.isatty():
+        for path in written:
+            click.echo(f"wrote {plain(str(path))}")

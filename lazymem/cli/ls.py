@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lazymem ls`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from .text import human_bytes, plain, shape
+
+if TYPE_CHECKING:
+    from ..summary import ListedArray
+
+
+@click.command(short_help="List arrays: dtype, shape, size, name.")
+@click.argument("source", metavar="SRC")
+@click.option(
+    "-l",
+    "--long",
+    "long_",
+    is_flag=True,
+    help="Also order, and the chunks of a snapshot or the compression of a container.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Everything, as a JSON list; sizes in bytes.")
+def ls(source: str, long_: bool, as_json: bool) -> None:
+    """List the arrays of SRC: dtype, shape, size and name.
+
+    SRC is a snapshot or any container that lazymem reads. Only its index is read.
+
+    \b
+    Examples:
+      lazymem ls model.lzm
+      lazymem ls --long model.lzm
+      lazymem ls model.safetensors | grep attention
+      lazymem ls --json model.lzm | jq -r '.[].name'
+    """
+    from ..summary import list_arrays
+
+    arrays = list_arrays(source)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(array) for array in arrays], indent=2))
+        return
+    rows = [_row(array, long_) for array in arrays]
+    # Numbers to the right; the name last, because it may be long or in a wide script.
+    heads = ("dtype", "shape", "size", *(("order", "where") if long_ else ()), "name")
+    if sys.stdout.isatty():
+        rows.insert(0, heads)
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(len(heads) - 1)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column == 2 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row[:-1], widths, strict=True))
+        ]
+        sys.stdout.write("  ".join([*cells, row[-1]]) + "\n")
+
+
+def _row(array: ListedArray, long_: bool) -> tuple[str, ...]:
+    base = (plain(array.dtype), shape(array.shape), human_bytes(array.nbytes))
+    return (*base, *((array.order, _where(array)) if long_ else ()), plain(array.name))
+
+
+def _where(array: ListedArray) -> str:
+    if array.chunks is None or array.first_chunk is None:
+        return array.compression or "plain"
+    if array.chunks < 2:
+        return f"chunk {array.first_chunk}" if array.chunks else "-"
+    return f"chunks {array.first_chunk}-{array.first_chunk + array.chunks - 1}"

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies in a snapshot or a container: the lists behind `lazymem ls` and `lazymem info`.
+
+Opens the index, or the container's headers, and nothing else: no memory is mapped, no chunk is read.
+Unlike `open`, it also lists compressed members of an .npz.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from .catalog import IndexCatalog
+from .containers.base import Directory
+from .containers.detect import open_container
+from .format.index import SnapshotIndex
+from .format.reader import load_index, open_snapshot
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ListedArray:
+    """One array. nbytes: in memory. dtype: as numpy prints it.
+
+    first_chunk, chunks: where it lies in a snapshot; None in a container. chunks is 0 for an empty array.
+    stored_bytes: what it takes of a container's file; None in a snapshot, where chunks may be shared.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    order: str
+    nbytes: int
+    first_chunk: int | None
+    chunks: int | None
+    stored_bytes: int | None
+    compression: str | None
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a container, or one that a snapshot was built from. sha256: hexadecimal, if known."""
+
+    name: str
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a snapshot was built from. exact: `extract` gives the very files back, else reason: why not."""
+
+    format: str
+    exact: bool
+    reason: str | None
+    files: tuple[SourceFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The chunks of a snapshot. stored + zero = count; codecs and filters count the stored ones.
+
+    stored_bytes: what they take in the file. ratio: bytes of the arrays over stored_bytes, or 0.0.
+    """
+
+    size: int
+    count: int
+    stored: int
+    zero: int
+    stored_bytes: int
+    ratio: float
+    codecs: Mapping[str, int]
+    filters: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A snapshot or a container as a whole. Sizes in bytes.
+
+    arrays: visible ones. hidden_arrays: bytes of the original file that are in no array, as its header.
+    content_bytes: of the memory that shows a snapshot; it, chunks, digest, created_by and container are
+    None for containers. files: of a container; a snapshot is one file.
+    """
+
+    url: str
+    format: str
+    file_bytes: int
+    arrays: int
+    hidden_arrays: int
+    array_bytes: int
+    content_bytes: int | None
+    chunks: Chunks | None
+    digest: str | None
+    created_by: str | None
+    container: Origin | None
+    files: tuple[SourceFile, ...]
+    metadata: Mapping[str, Any]
+    array_metadata: Mapping[str, Mapping[str, Any]]
+
+
+@contextmanager
+def _opened(source: StrPath) -> Iterator[SnapshotIndex | Directory]:
+    path = os.fspath(source)
+    blob = open_snapshot(path)
+    if blob is not None:
+        with blob:
+            yield load_index(blob)
+            return
+    directory = open_container(path)
+    try:
+        yield directory
+    finally:
+        directory.close()
+
+
+def list_arrays(source: StrPath) -> list[ListedArray]:
+    """All arrays of a snapshot or a container, in the order in which they lie.
+
+    Raises `SnapshotNotFound`, `AccessDenied`, `FormatError`, `UnsupportedFormat`, `ReadError`.
+    """
+    with _opened(source) as found:
+        return _of_directory(found) if isinstance(found, Directory) else _of_index(found)
+
+
+def _of_index(index: SnapshotIndex) -> list[ListedArray]:
+    catalog = IndexCatalog(index)
+    rows = []
+    for name in catalog.names:
+        info = catalog.info(name)
+        first = info.offset // index.chunk_size
+        last = (info.offset + info.nbytes - 1) // index.chunk_size
+        rows.append(
+            ListedArray(
+                name=name,
+                dtype=str(info.dtype),
+                shape=info.shape,
+                order=info.order,
+                nbytes=info.nbytes,
+                first_chunk=first,
+                chunks=last - first + 1 if info.nbytes else 0,
+                stored_bytes=None,
+                compression=None,
+                metadata=info.metadata,
+            )
+        )
+    return rows
+
+
+def _of_directory(directory: Directory) -> list[ListedArray]:
+    return [
+        ListedArray(
+            name=entry.name,
+            dtype=str(entry.dtype),
+            shape=entry.shape,
+            order=entry.order,
+            nbytes=entry.nbytes,
+            first_chunk=None,
+            chunks=None,
+            stored_bytes=entry.stored_length,
+            compression=entry.compression,
+            metadata=entry.metadata,
+        )
+        for entry in directory.arrays
+    ]
+
+
+def summarize(source: StrPath) -> Summary:
+    """A snapshot or a container as a whole. Raises what `list_arrays` raises."""
+    with _opened(source) as found:
+        if isinstance(found, Directory):
+            return _summarize_directory(os.fspath(source), found)
+        return _summarize_index(found)
+
+
+def _summarize_index(index: SnapshotIndex) -> Summary:
+    facts = index.summary()
+    origin = index.container
+    return Summary(
+        url=index.url,
+        format="lzm",
+        file_bytes=facts.file_size,
+        arrays=facts.arrays,
+        hidden_arrays=facts.hidden_arrays,
+        array_bytes=facts.array_bytes,
+        content_bytes=facts.content_size,
+        chunks=Chunks(
+            size=facts.chunk_size,
+            count=facts.chunks,
+            stored=facts.chunks - facts.zero_chunks,
+            zero=facts.zero_chunks,
+            stored_bytes=facts.stored_bytes,
+            ratio=facts.ratio,
+            codecs=facts.codecs,
+            filters=facts.filters,
+        ),
+        digest=index.digest.hex(),
+        created_by=index.created_by,
+        container=None
+        if origin is None
+        else Origin(
+            origin.format,
+            origin.exact,
+            origin.reason,
+            tuple(SourceFile(file.name, file.size, file.sha256) for file in origin.files),
+        ),
+        files=(),
+        metadata=index.metadata,
+        array_metadata=index.array_metadata,
+    )
+
+
+def _summarize_directory(url: str, directory: Directory) -> Summary:
+    files = tuple(
+        SourceFile(name, blob.size, None)
+        for name, blob in zip(directory.file_names, directory.files, strict=True)
+    )
+    return Summary(
+        url=url,
+        format=directory.format,
+        file_bytes=sum(file.size for file in files),
+        arrays=len(directory.arrays),
+        hidden_arrays=0,
+        array_bytes=sum(entry.nbytes for entry in directory.arrays),
+        content_bytes=None,
+        chunks=None,
+        digest=None,
+        created_by=None,
+        container=None,
+        files=files,
+        metadata=directory.metadata,
+        array_metadata={entry.name: entry.metadata for entry in directory.arrays if entry.metadata},
+    )
