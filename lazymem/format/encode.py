@@ -22,7 +22,9 @@ from . import structs
 
 #: Taken from this many places of a chunk, to decide on byte planes.
 _SAMPLE_PIECES: Final = 4
-_SAMPLE_SIZE: Final = 128 << 10
+#: Of the sample, per byte of element width: zstd gives each 128 KiB block a Huffman table of its own, so
+#: that planes show what they save only where each of them fills a block.
+_SAMPLE_PLANE: Final = 128 << 10
 #: Planes cost a pass over the data at every population. A gain below 3 % does not pay for it, nor
 #: does one below 1/256 of the data, where the chunk is tiny either way.
 _PLANES_GAIN: Final = 0.03
@@ -92,8 +94,8 @@ class ChunkEncoder:
 
     def _planes_pay(self, data: memoryview, width: int) -> bool:
         sample = data
-        if len(data) > _SAMPLE_SIZE:
-            piece = _SAMPLE_SIZE // _SAMPLE_PIECES
+        if len(data) > width * _SAMPLE_PLANE:
+            piece = width * _SAMPLE_PLANE // _SAMPLE_PIECES
             step = (len(data) - piece) // (_SAMPLE_PIECES - 1) & ~7  # on element boundaries
             sample = memoryview(b"".join(data[i * step :][:piece] for i in range(_SAMPLE_PIECES)))
         plain = len(self._compress(sample))
