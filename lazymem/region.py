@@ -220,6 +220,11 @@ class Region:
             try:
                 return NativeRegion.open(spec)
             except NativeError as error:
+                if error.code == _native.E_FEATURE and options.install == "move":
+                    raise BackendUnavailable(
+                        f"{url}: install='move' needs chunks of whole huge pages (2 MiB; these have "
+                        f"{layout.chunk_size} bytes) and Linux 6.8; leave it out, and chunks are copied"
+                    ) from error
                 if error.code not in _REFUSALS:
                     raise _cannot_open(url, layout, error) from error
                 refusals.append(str(error))

@@ -188,7 +188,7 @@ def check_extents(url: str, origin: Origin | None, extents: NDArray[np.void], co
         first = np.concatenate([[True], ~same])
         last = np.concatenate([~same, [True]])
         gaps = gaps or bool(np.any(begin[first] != 0)) or bool(np.any(end[last] != sizes[owner[last]]))
-    covered = set(np.unique(owner).tolist())
+    covered = set(np.flatnonzero(np.bincount(owner, minlength=1)).tolist())
     missing = any(file.size and number not in covered for number, file in enumerate(origin.files))
     if gaps or missing:
         raise damaged(url, field, "leaves bytes of a file uncovered")

@@ -7,7 +7,7 @@ each sum is preceded by the comparison that keeps it from wrapping.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from . import structs
 from .sections import damaged, unsupported
 
 _Mask = NDArray[np.bool_]
+
+
+_IS_PLANE_WIDTH: Final = np.array([width in structs.PLANE_WIDTHS for width in range(256)])
 
 
 def _first(mask: _Mask) -> int | None:
@@ -80,7 +83,7 @@ def check_records(url: str, records: NDArray[np.void], chunk_size: int, last_len
     refuse(records["source"] != 0, "names a source other than this file")
     refuse((records["reserved0"] != 0) | (records["reserved1"] != 0), "has reserved bytes that are not zero")
     planes = kind == structs.FILTER_PLANES
-    refuse(planes & ~np.isin(records["width"], structs.PLANE_WIDTHS), "has an impossible plane width")
+    refuse(planes & ~_IS_PLANE_WIDTH[records["width"]], "has an impossible plane width")
     refuse(~planes & (records["width"] != 0), "has a plane width but no planes")
     refuse((stored < 1) | (stored > lengths), "has an impossible stored_length")
     raw = codec == structs.RAW
@@ -165,7 +168,7 @@ def _wrong_sizes(
     """
     wrong = np.zeros(len(arrays), np.bool_)
     ndims = arrays["ndim"]
-    for ndim in np.unique(ndims).tolist():
+    for ndim in np.flatnonzero(np.bincount(ndims)).tolist():  # np.unique would import numpy.ma
         rows = np.flatnonzero(ndims == ndim)
         index = arrays["shape_offset"][rows].astype(np.int64)[:, None] + np.arange(ndim)
         dims = shapes[index]

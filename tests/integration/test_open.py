@@ -412,3 +412,23 @@ def test_readahead_is_not_taken_by_random_access(snapshot_path: Path) -> None:
         stats = snap.stats()
         assert (stats.chunks_demand, stats.chunks_prefetch) == (len(far), 0)
         del array
+
+
+def test_install_move_that_cannot_be_is_refused_not_replaced(snapshot_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match="install='move' needs chunks of whole huge pages"):
+        lazymem.open(snapshot_path, install="move")
+
+
+def test_failed_attempts_leave_no_garbage_that_the_collector_trips_over(snapshot_path: Path) -> None:
+    """cffi's buffers over memoryviews crashed the collector when a traceback held them in a cycle."""
+    code = """
+    import gc, sys, lazymem
+    for _ in range(20):
+        try:
+            lazymem.open(sys.argv[1], install="move")
+        except lazymem.LazymemError as error:
+            error.cycle = error
+        gc.collect()
+    print("collected")
+    """
+    assert check_child(code, snapshot_path) == "collected\n"
