@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables, the JSON file, the plots, and the description of the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from lazymem import _native
+
+from .harness import Outcome
+from .question import Column
+
+#: Of the JSON file; raise it when a field changes its meaning.
+SCHEMA: Final = 1
+_PACKAGES: Final = ("numpy", "zstandard", "lz4", "xxhash", "zarr", "numcodecs", "blosc2")
+_STYLES: Final = {"lazymem": "bold green", "peer": "", "bound": "dim"}
+
+
+def _first_line(path: str, default: str = "") -> str:
+    try:
+        return Path(path).read_text().strip().splitlines()[0]
+    except (OSError, IndexError):
+        return default
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _memory_mib() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+
+
+def _commit() -> str:
+    """The commit that is measured, with "+" where the tree differs from it; empty outside git."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return commit + "+" if commit and git("status", "--porcelain", "--", "..") else commit
+
+
+def machine() -> dict[str, Any]:
+    versions: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "missing"
+    return {
+        "cpu": _cpu(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_mib": _memory_mib(),
+        "hypervisor": "hypervisor" in Path("/proc/cpuinfo").read_text(),
+        "kernel": platform.release(),
+        "huge_pages": _first_line("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "python": platform.python_version(),
+        "packages": versions,
+        "userfaultfd": [
+            {"way": way.name, "errno": way.errno, "operations": list(way.operations)}
+            for way in _native.probe()
+        ],
+        "commit": _commit(),
+        "load_at_start": list(os.getloadavg()),
+    }
+
+
+def _cell(outcome: Outcome, column: Column) -> str:
+    value = outcome.median(column.metric)
+    return "" if value is None else f"{value * column.scale:,.{column.digits}f}"
+
+
+def table(title: str, columns: Sequence[Column], outcomes: Sequence[Outcome]) -> Table:
+    result = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    result.add_column("case", no_wrap=True)
+    for name in ("ms", "min", "max", *(column.title for column in columns)):
+        result.add_column(name, justify="right", no_wrap=True)
+    for outcome in outcomes:
+        style = _STYLES[outcome.case.kind]
+        if outcome.error is not None:
+            result.add_row(outcome.case.name, "failed", style="red")
+            continue
+        seconds = outcome.values("seconds")
+        result.add_row(
+            outcome.case.name,
+            *(
+                f"{1e3 * value:.2f}"
+                for value in (outcome.median("seconds") or 0.0, min(seconds), max(seconds))
+            ),
+            *(_cell(outcome, column) for column in columns),
+            style=style,
+        )
+    return result
+
+
+def show(console: Console, question: ModuleType, outcomes: Sequence[Outcome]) -> None:
+    console.print(table(question.TITLE, question.COLUMNS, outcomes))
+    for outcome in outcomes:
+        if outcome.error is not None:
+            console.print(f"{outcome.case.name}: {outcome.error}", style="red", markup=False)
+
+
+def write_json(path: Path, head: Mapping[str, Any], answers: Mapping[str, Sequence[Outcome]]) -> None:
+    questions = {name: [outcome.as_json() for outcome in outcomes] for name, outcomes in answers.items()}
+    path.write_text(json.dumps({"schema": SCHEMA, **head, "questions": questions}, indent=1) + "\n")
+
+
+def write_plot(path: Path, question: ModuleType, outcomes: Sequence[Outcome]) -> None:
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure.suptitle(question.TITLE)
+    question.plot(figure, outcomes)
+    figure.savefig(path, dpi=110)
