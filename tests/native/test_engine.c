@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The engine under threads: many touch, some prefetch, regions open and close, chunks fail. Driven from
- * C so that it runs under ASan/UBSan and under TSan. Argument "fork" adds the child of a fork, which
- * TSan does not follow.
+ * C so that it runs under ASan/UBSan and under TSan. Argument "fork" adds children of a fork, which the
+ * sanitizers do not survive: their own locks know nothing of it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
