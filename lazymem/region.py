@@ -3,10 +3,13 @@
 
 Guarantees:
 - Memory that an array (or any view of one) shows is never unmapped: views hold the root array, the root
-  holds a lease, the lease holds the region. `close` refuses while a root is alive.
-- No call into the core runs on a region that is gone: calls are counted, and `close` first tells the core
-  to let waiters go, then waits for the count.
-- The lock here is never held during a call into the core, and never while memory is touched.
+  holds a lease, the lease holds the core's region. `close` refuses while anybody but the region itself
+  holds the root. (A count of references cannot be interrupted half-way; sets of weak references can.)
+- No call into the core runs on a region that is gone: the core counts its calls, and a handle that is
+  closed says so.
+
+There is no lock here, on purpose: a signal handler or a finalizer may run any of these methods in the
+middle of another one, in the same thread, and may raise there.
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import threading
+import sys
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final
 
 import numpy as np
@@ -104,19 +107,20 @@ class Stats:
 class _Lease:
     """What numpy takes the memory from, and the base that keeps the region alive."""
 
-    def __init__(self, region: Region, address: int, nbytes: int, readonly: bool) -> None:
-        self._region = region
+    def __init__(self, native: NativeRegion, nbytes: int, readonly: bool) -> None:
+        self._native = native
         self.__array_interface__ = {
             "version": 3,
             "typestr": "|u1",
             "shape": (nbytes,),
-            "data": (address, readonly),
+            "data": (native.address, readonly),
         }
 
 
-def _release(native: NativeRegion) -> None:
-    native.close_begin()
-    native.close_end()
+class _State(Enum):
+    OPEN = 0
+    CLOSING = 1
+    CLOSED = 2
 
 
 class Region:
@@ -135,18 +139,9 @@ class Region:
         self.chunk_count = native.chunk_count
         self._native = native
         self._blobs = blobs
-        self._root: weakref.ref[NDArray[np.uint8]] | None = None
-        self._closed = False
-        self._reset_lock()
-        self._finalizer = weakref.finalize(self, _release, native)
-        # At interpreter exit arrays may be alive and in use by other threads; the process takes its
-        # memory with it.
-        self._finalizer.atexit = False
-        _regions.add(self)
-
-    def _reset_lock(self) -> None:
-        self._calls = 0
-        self._lock = threading.Condition(threading.Lock())
+        self._state = _State.OPEN
+        self._root = np.asarray(_Lease(native, nbytes, readonly=mode == "r"))
+        self._idle_references = sys.getrefcount(self._root)
 
     # ---- open ----
 
@@ -237,38 +232,27 @@ class Region:
     # ---- lifetime ----
 
     @contextmanager
-    def _using(self) -> Iterator[NativeRegion]:
-        """The core's region, which stays until the block ends."""
-        with self._lock:
-            self._check_open()
-            self._calls += 1
+    def _errors(self) -> Iterator[None]:
+        """The core's codes as exceptions that name file, chunk and array."""
         try:
-            yield self._native
+            yield
         except NativeError as error:
             raise self._translate(error) from error
-        finally:
-            with self._lock:
-                self._calls -= 1
-                self._lock.notify_all()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._state is not _State.OPEN:
             raise SnapshotClosed(f"{self.url}: is closed; open it again")
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        return self._state is _State.CLOSED
 
     def root(self) -> NDArray[np.uint8]:
-        """All bytes of the region as one array, read-only in mode "r". Alive as long as any view of it."""
-        with self._lock:
-            self._check_open()
-            root = self._root() if self._root is not None else None
-            if root is None:
-                lease = _Lease(self, self._native.address, self.nbytes, self.mode == "r")
-                root = np.asarray(lease)
-                self._root = weakref.ref(root)
-            return root
+        """All bytes of the region as one array, read-only in mode "r". Keeps the region alive."""
+        # In this order: either close() sees the reference, or this sees that it is closing.
+        root = self._root
+        self._check_open()
+        return root
 
     def close(self) -> None:
         """Give the memory back. Idempotent. Blocks until chunks in flight are done.
@@ -276,20 +260,17 @@ class Region:
         Waiting `prefetch` calls of other threads end with `SnapshotClosed`. Raises `BufferError`
         while an array, or a view of one, is alive.
         """
-        with self._lock:
-            if self._closed:
-                return
-            if self._root is not None and self._root() is not None:
-                raise BufferError(
-                    f"{self.url}: arrays that show this snapshot are still alive; drop them (del) and "
-                    "their views before close()"
-                )
-            self._closed = True
-        self._native.close_begin()
-        with self._lock:
-            while self._calls:
-                self._lock.wait()
-        self._finalizer()
+        if self._state is _State.CLOSED:
+            return
+        self._state = _State.CLOSING
+        if sys.getrefcount(self._root) > self._idle_references:
+            self._state = _State.OPEN
+            raise BufferError(
+                f"{self.url}: arrays that show this snapshot are still alive; drop them (del) and "
+                "their views before close()"
+            )
+        self._native.close()
+        self._state = _State.CLOSED
 
     # ---- populate ----
 
@@ -298,23 +279,32 @@ class Region:
 
         Releases the GIL. Raises `ChunkCorrupt`, `ReadError`, `SnapshotChanged`, `SnapshotClosed`.
         """
-        with self._using() as native:
-            for first, count in spans:
-                while not native.prefetch(first, count):
-                    time.sleep(_WAIT_MS / 1000)  # the queue is full: 1,024 spans are waiting
+        process = os.getpid()
+        with self._errors():
+            # What is waited for goes before what is not; last pushed goes first.
+            for first, count in reversed(spans) if wait else spans:
+                self._queue(first, count, urgent=wait)
             if wait:
                 for first, count in spans:
-                    self._wait(native, first, count)
+                    self._wait(first, count, process)
 
-    def _wait(self, native: NativeRegion, first: int, count: int) -> None:
+    def _queue(self, first: int, count: int, *, urgent: bool) -> None:
+        while not self._native.prefetch(first, count, urgent=urgent):
+            time.sleep(_WAIT_MS / 1000)  # full: 16,384 spans are waiting
+
+    def _wait(self, first: int, count: int, process: int) -> None:
+        """process: the one that queued the span."""
         done, cursor = False, first
         while not done:
-            done, cursor = native.wait(first, count, cursor, _WAIT_MS)
+            if os.getpid() != process:  # a signal handler has forked: the queue stayed with the parent
+                process = os.getpid()
+                self._queue(first, count, urgent=True)
+            done, cursor = self._native.wait(first, count, cursor, _WAIT_MS)
 
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         """Copy bytes out of the region, without holding the GIL; populate the range first."""
-        with self._using() as native:
-            native.read_into(offset, out)
+        with self._errors():
+            self._native.read_into(offset, out)
 
     def spans(self, offset: int, nbytes: int) -> list[Span]:
         """The chunks that hold these bytes: one span, or none for no bytes."""
@@ -327,12 +317,12 @@ class Region:
 
     def states(self) -> bytes:
         """One byte a chunk: `_native.STATE_*`. Chunks of zeros count as present."""
-        with self._using() as native:
-            return native.states(0, self.chunk_count)
+        with self._errors():
+            return self._native.states(0, self.chunk_count)
 
     def stats(self) -> Stats:
-        with self._using() as native:
-            raw = native.stats()
+        with self._errors():
+            raw = self._native.stats()
         return Stats(
             faults=raw.faults,
             chunks_populated=raw.chunks_demand + raw.chunks_prefetch,
@@ -389,22 +379,12 @@ def _descriptor(blob: Blob) -> int:
 def _cannot_open(url: str, layout: Layout | None, error: NativeError) -> LazymemError:
     if error.code == -errno.ENOMEM:
         size = f"{layout.content_size} bytes" if layout is not None else "the request"
-        return OutOfMemory(f"{url}: there is no room for {size} in this process's address space (ulimit -v?)")
+        return OutOfMemory(
+            f"{url}: there is no room for {size} in this process's address space: see `ulimit -v`, and "
+            "vm.max_map_count if it has very many mappings"
+        )
     if error.code in (-errno.EMFILE, -errno.ENFILE):
         return ReadError(f"{url}: no descriptor is free; raise the limit (ulimit -n)", url=url)
     if error.code == -errno.EAGAIN:
         return ReadError(f"{url}: no thread can be started; raise the limit (ulimit -u)", url=url)
     return ReadError(f"{url}: cannot be shown in memory: {error}", url=url)
-
-
-# The child of a fork has one thread: a lock that another one held, or a call that it was in, would
-# never end. The core sees to its own side (engine.c).
-_regions: weakref.WeakSet[Region] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for region in list(_regions):
-        region._reset_lock()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

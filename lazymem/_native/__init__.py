@@ -40,6 +40,7 @@ _OWN_CODES: Final = {
     lib.LM_E_CODEC: "the decoder for this chunk is not installed",
     lib.LM_E_CLOSED: "the region is closed",
     lib.LM_E_FEATURE: "userfaultfd lacks an operation that is needed",
+    lib.LM_E_FULL: "too many ranges are waiting to be populated",
 }
 CHUNK_UNCHECKED: Final[int] = lib.LM_CHUNK_UNCHECKED
 E_SHORT: Final[int] = lib.LM_E_SHORT
@@ -197,10 +198,10 @@ def _table(kind: str, data: bytes) -> tuple[Any, int]:
 
 
 class NativeRegion:
-    """Owner of one lm_region. Not safe against use after `close_end`: region.py sees to that."""
+    """Owner of one lm_region. Safe to use from any thread at any time: after `close` calls raise E_CLOSED."""
 
     def __init__(self, handle: Any) -> None:
-        self._handle = handle
+        self._handle = ffi.gc(handle, lib.lm_region_free)
         self.address = int(ffi.cast("uintptr_t", lib.lm_region_address(handle)))
         self.size = int(lib.lm_region_size(handle))
         self.chunk_count = int(lib.lm_region_chunk_count(handle))
@@ -274,10 +275,10 @@ class NativeRegion:
     def seal(self) -> None:
         _check(lib.lm_region_seal(self._handle))
 
-    def prefetch(self, first: int, count: int) -> bool:
-        """False if the queue is full for now."""
-        code = lib.lm_region_prefetch(self._handle, first, count)
-        if code == -11:  # EAGAIN
+    def prefetch(self, first: int, count: int, *, urgent: bool) -> bool:
+        """False if the queue is full for now. urgent: before what is queued already."""
+        code = lib.lm_region_prefetch(self._handle, first, count, urgent)
+        if code == lib.LM_E_FULL:
             return False
         _check(code)
         return True
@@ -293,9 +294,7 @@ class NativeRegion:
     def read_into(self, offset: int, out: Any) -> None:
         """Copy out of the region, GIL released; the range must be populated."""
         with ffi.from_buffer(out, require_writable=True) as view:
-            if offset < 0 or len(view) > self.size - offset:
-                raise ValueError(f"{len(view)} bytes at {offset} are not within {self.size}")
-            lib.lm_region_read(self._handle, offset, view, len(view))
+            _check(lib.lm_region_read(self._handle, offset, view, len(view)))
 
     def states(self, first: int, count: int) -> bytes:
         out = ffi.new("uint8_t[]", count)
@@ -305,11 +304,9 @@ class NativeRegion:
     def stats(self) -> Any:
         """An lm_stats structure."""
         out = ffi.new("lm_stats *")
-        lib.lm_region_stats(self._handle, out)
+        _check(lib.lm_region_stats(self._handle, out))
         return out
 
-    def close_begin(self) -> None:
-        lib.lm_region_close_begin(self._handle)
-
-    def close_end(self) -> None:
-        lib.lm_region_close_end(self._handle)
+    def close(self) -> None:
+        """Unmap and give everything back; waits for chunks in flight. Idempotent."""
+        lib.lm_region_close(self._handle)

@@ -23,7 +23,6 @@
 #define LM_PREFETCH_SCAN 4096
 
 struct lm_engine lm_engine = {
-    .lifecycle = PTHREAD_MUTEX_INITIALIZER,
     .poller = -1,
     .bell = -1,
     .uffds = { { .fd = -1 }, { .fd = -1 } },
@@ -154,7 +153,7 @@ static void run_ahead_locked(struct lm_region *region, uint64_t chunk)
     if (start < end) {
         struct lm_span span = { .region = region, .next = start, .end = end };
 
-        if (lm_queue_push_span(&engine->queue, &span)) {
+        if (lm_queue_push_span(&engine->queue, &span, false)) {
             region->ahead.end = end;
             pthread_cond_broadcast(&engine->work);
         }
@@ -214,8 +213,9 @@ static void intake(int fd)
         uint64_t now;
 
         count = lm_uffd_read(fd, messages, LM_MESSAGES);
+        if (count < 0)
+            lm_engine_note_lost();
         now = lm_sys_now_ns();
-        pthread_rwlock_rdlock(&engine->gate);
         pthread_mutex_lock(&engine->lock);
         for (i = 0; i < count; i++) {
             struct lm_task task;
@@ -229,7 +229,6 @@ static void intake(int fd)
                 turn_away_locked(&task, fd);
         }
         pthread_mutex_unlock(&engine->lock);
-        pthread_rwlock_unlock(&engine->gate);
     } while (count == LM_MESSAGES); /* the poller reports an edge: leave nothing behind */
     if (queued > 1)
         ring(queued - 1);
@@ -237,72 +236,56 @@ static void intake(int fd)
 
 /* ---- workers ---- */
 
-/* Taking a task marks the worker busy with it, so that the child of a fork knows which chunks nobody
- * is loading any more. */
-static bool take_demand_locked(struct lm_worker *worker)
-{
-    worker->busy = lm_queue_pop_task(&engine->queue, &worker->current);
-    return worker->busy;
-}
-
-static bool take_prefetch_locked(struct lm_worker *worker)
+static bool take_prefetch_locked(struct lm_task *ret_task)
 {
     struct lm_span *span;
-    unsigned looked = 0;
+    unsigned looked;
 
-    while ((span = lm_queue_first_span(&engine->queue)) != NULL && looked < LM_PREFETCH_SCAN) {
-        struct lm_region *region = span->region;
-        uint64_t chunk = span->next;
-        const lm_run *run_of = lm_table_run(&region->table, chunk);
+    for (looked = 0; looked < LM_PREFETCH_SCAN; looked++) {
+        struct lm_region *region;
+        const lm_run *run_of;
+        uint64_t chunk;
+        bool claimed = false;
 
-        looked++;
+        span = lm_queue_first_span(&engine->queue);
+        if (span == NULL)
+            return false;
+        region = span->region;
+        chunk = span->next;
+        run_of = lm_table_run(&region->table, chunk);
         if (run_of->first_record == LM_ZERO_RUN) {
             span->next = run_of->first_chunk + run_of->count; /* zeros need no fetching */
         } else {
             span->next++;
-            if (lm_table_claim(&region->table, chunk, false)) {
-                worker->current = (struct lm_task){ .region = region, .chunk = chunk,
-                                                    .kind = LM_TASK_PREFETCH };
-                worker->busy = true;
-                region->tasks++;
-            }
+            claimed = lm_table_claim(&region->table, chunk, false);
         }
         if (span->next >= span->end)
             lm_queue_pop_span(&engine->queue);
-        if (worker->busy)
+        if (claimed) {
+            *ret_task = (struct lm_task){ .region = region, .chunk = chunk, .kind = LM_TASK_PREFETCH };
+            region->tasks++;
             return true;
+        }
     }
     return false;
 }
 
-static void finish(struct lm_worker *worker, struct lm_region *region)
-{
-    pthread_rwlock_rdlock(&engine->gate);
-    pthread_mutex_lock(&engine->lock);
-    worker->busy = false;
-    region->tasks--;
-    pthread_cond_broadcast(&engine->progress);
-    pthread_mutex_unlock(&engine->lock);
-    pthread_rwlock_unlock(&engine->gate);
-}
-
 static void run(struct lm_worker *worker, const struct lm_task *task)
 {
-    struct lm_region *region = task->region;
-
     (void)lm_populate(worker, task);
-    finish(worker, region);
+    pthread_mutex_lock(&engine->lock);
+    task->region->tasks--;
+    pthread_cond_broadcast(&engine->progress);
+    pthread_mutex_unlock(&engine->lock);
 }
 
-static bool take(struct lm_worker *worker, bool helper)
+static bool take(struct lm_task *ret_task, bool helper)
 {
     bool taken;
 
-    pthread_rwlock_rdlock(&engine->gate);
     pthread_mutex_lock(&engine->lock);
-    taken = take_demand_locked(worker) || (helper && take_prefetch_locked(worker));
+    taken = lm_queue_pop_task(&engine->queue, ret_task) || (helper && take_prefetch_locked(ret_task));
     pthread_mutex_unlock(&engine->lock);
-    pthread_rwlock_unlock(&engine->gate);
     return taken;
 }
 
@@ -320,18 +303,20 @@ static void *resolve(void *argument)
 {
     struct lm_worker *worker = argument;
     struct epoll_event event;
+    struct lm_task task;
     uint64_t one;
 
     for (;;) {
-        while (take(worker, false)) {
-            struct lm_task task = worker->current;
-
+        while (take(&task, false))
             run(worker, &task);
-        }
         if (is_stopping())
             return NULL;
-        if (epoll_wait(engine->poller, &event, 1, -1) < 1)
-            continue;
+        if (epoll_wait(engine->poller, &event, 1, -1) < 1) {
+            if (errno == EINTR)
+                continue;
+            lm_engine_note_lost();
+            return NULL;
+        }
         if (event.data.u32 == LM_BELL)
             (void)!read(engine->bell, &one, sizeof one); /* somebody else may have taken it */
         else
@@ -342,15 +327,13 @@ static void *resolve(void *argument)
 static void *help(void *argument)
 {
     struct lm_worker *worker = argument;
+    struct lm_task task;
 
     for (;;) {
         bool stopping;
 
-        while (take(worker, true)) {
-            struct lm_task task = worker->current;
-
+        while (take(&task, true))
             run(worker, &task);
-        }
         pthread_mutex_lock(&engine->lock);
         while (!engine->stopping && lm_queue_first_span(&engine->queue) == NULL)
             pthread_cond_wait(&engine->work, &engine->lock);
@@ -365,19 +348,15 @@ static void *help(void *argument)
 
 static void init_sync(void)
 {
-    pthread_rwlockattr_t gate;
     pthread_condattr_t clock;
 
-    pthread_rwlockattr_init(&gate);
-    /* Workers come and go through the gate all the time; without this a fork might wait for ever. */
-    pthread_rwlockattr_setkind_np(&gate, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-    pthread_rwlock_init(&engine->gate, &gate);
-    pthread_rwlockattr_destroy(&gate);
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+    pthread_mutex_init(&engine->lifecycle, NULL);
     pthread_mutex_init(&engine->lock, NULL);
     pthread_cond_init(&engine->work, &clock);
     pthread_cond_init(&engine->progress, &clock);
+    pthread_cond_init(&engine->end, &clock);
     pthread_condattr_destroy(&clock);
 }
 
@@ -404,12 +383,74 @@ static void close_descriptors(void)
     int i;
 
     for (i = 0; i < LM_UFFD_COUNT; i++) {
-        lm_sys_close(engine->uffds[i].fd);
+        if (!engine->lost) /* else the numbers may be the application's by now */
+            lm_sys_close(engine->uffds[i].fd);
         engine->uffds[i].fd = -1;
+        engine->uffds[i].kept = false;
     }
-    lm_sys_close(engine->bell);
-    lm_sys_close(engine->poller);
+    if (!engine->lost) {
+        lm_sys_close(engine->bell);
+        lm_sys_close(engine->poller);
+    }
     engine->bell = engine->poller = -1;
+}
+
+/* ---- keepers ----
+ *
+ * When the last descriptor of a userfaultfd is closed, missing pages read as zeros. A daemon that closes
+ * "all" descriptors would do just that. So each userfaultfd has a thread that keeps it in a table of
+ * descriptors of its own, which nothing else can reach. If the engine finds its descriptors gone, the
+ * keeper makes the memory inaccessible and wakes whoever waits: SIGSEGV after a line, never zeros.
+ */
+
+static void lose_region(struct lm_region *region, const char *when, int code)
+{
+    uint64_t i;
+
+    for (i = 0; i < region->registered_count; i++)
+        (void)lm_sys_protect(region->base + region->registered[i].start,
+                             region->registered[i].length, PROT_NONE);
+    lm_report_lost_region(region, when, code);
+}
+
+static void lose_regions_locked(int index, int fd)
+{
+    size_t i;
+
+    for (i = 0; i < engine->region_count; i++) {
+        struct lm_region *region = engine->regions[i];
+
+        if (region->backend == LM_BACKEND_EAGER || region->uffd != index)
+            continue;
+        lose_region(region, "its descriptors were closed by the application", -EBADF);
+        (void)lm_uffd_wake(fd, (uintptr_t)region->base, region->size);
+    }
+}
+
+static void *keep(void *argument)
+{
+    const struct lm_uffd *uffd = argument;
+    int fd = uffd->fd;
+
+    /* Where this is forbidden the thread is of no use, and does no harm. */
+    (void)lm_sys_isolate_descriptor(fd);
+    pthread_mutex_lock(&engine->lock);
+    while (!engine->stopping && !engine->lost)
+        pthread_cond_wait(&engine->end, &engine->lock);
+    if (engine->lost)
+        lose_regions_locked((int)(uffd - engine->uffds), fd);
+    while (!engine->stopping)
+        pthread_cond_wait(&engine->end, &engine->lock);
+    pthread_mutex_unlock(&engine->lock);
+    return NULL;
+}
+
+void lm_engine_note_lost(void)
+{
+    pthread_mutex_lock(&engine->lock);
+    engine->lost = true;
+    pthread_cond_broadcast(&engine->end);
+    pthread_mutex_unlock(&engine->lock);
 }
 
 static int start_threads(struct lm_worker *workers, int count, void *(*body)(void *))
@@ -460,12 +501,18 @@ static void stop_threads(struct lm_worker *workers, int count)
 
 static void stop(void)
 {
+    int i;
+
     pthread_mutex_lock(&engine->lock);
     engine->stopping = true;
     pthread_cond_broadcast(&engine->work);
+    pthread_cond_broadcast(&engine->end);
     pthread_mutex_unlock(&engine->lock);
-    if (engine->bell >= 0)
+    if (engine->bell >= 0 && !engine->lost)
         ring(LM_MAX_RESOLVERS);
+    for (i = 0; i < LM_UFFD_COUNT; i++)
+        if (engine->uffds[i].kept)
+            pthread_join(engine->uffds[i].keeper, NULL);
     stop_threads(engine->resolvers, LM_MAX_RESOLVERS);
     stop_threads(engine->helpers, LM_MAX_HELPERS);
     engine->has_helpers = false;
@@ -480,11 +527,8 @@ static int clamp(int value, int low, int high)
     return value < low ? low : value > high ? high : value;
 }
 
-static void install_fork_handlers(void);
-
 int lm_engine_acquire_locked(int threads)
 {
-    static bool prepared; /* once a process: handlers of pthread_atfork cannot be taken back */
     int cpus, error;
 
     if (engine->users > 0) {
@@ -492,15 +536,10 @@ int lm_engine_acquire_locked(int threads)
         engine->users += error == 0;
         return error;
     }
-    if (!prepared) {
-        init_sync();
-        install_fork_handlers();
-        prepared = true;
-    }
     cpus = lm_sys_cpu_count();
     engine->resolver_count = threads > 0 ? clamp(threads, 1, LM_MAX_RESOLVERS) : clamp(cpus, 2, 8);
     engine->helper_count = threads > 0 ? clamp(threads, 1, LM_MAX_HELPERS) : clamp(cpus, 1, 8);
-    engine->stopping = false;
+    engine->stopping = engine->lost = false;
     lm_queue_clear(&engine->queue);
     error = open_poller();
     if (error == 0)
@@ -546,26 +585,33 @@ static int open_way(struct lm_uffd *uffd, int way)
     return 0;
 }
 
-static int open_uffd(int index)
+/* Open it in one way, have it watched and kept. */
+static int open_uffd_by(int index, int way)
 {
     struct lm_uffd *uffd = &engine->uffds[index];
+    int error = open_way(uffd, way);
+
+    if (error < 0)
+        return error;
+    error = watch(uffd->fd, EPOLLIN | EPOLLET, (uint32_t)index);
+    if (error == 0)
+        error = lm_sys_thread_start(&uffd->keeper, keep, uffd);
+    if (error < 0) {
+        lm_sys_close(uffd->fd);
+        uffd->fd = -1;
+    }
+    uffd->kept = error == 0;
+    return error;
+}
+
+static int open_uffd(int index)
+{
     int error;
 
-    if (index == LM_UFFD_USER) {
-        error = open_way(uffd, LM_WAY_USER_ONLY);
-    } else {
-        error = open_way(uffd, LM_WAY_DEVICE);
-        if (error < 0)
-            error = open_way(uffd, LM_WAY_SYSCALL);
-    }
-    if (error == 0) {
-        error = watch(uffd->fd, EPOLLIN | EPOLLET, (uint32_t)index);
-        if (error < 0) {
-            lm_sys_close(uffd->fd);
-            uffd->fd = -1;
-        }
-    }
-    return error;
+    if (index == LM_UFFD_USER)
+        return open_uffd_by(index, LM_WAY_USER_ONLY);
+    error = open_uffd_by(index, LM_WAY_DEVICE);
+    return error < 0 ? open_uffd_by(index, LM_WAY_SYSCALL) : error;
 }
 
 int lm_engine_uffd_locked(int backend, int *ret_index)
@@ -587,6 +633,8 @@ int lm_engine_thread_count(void)
         count += engine->resolvers[i].running;
     for (i = 0; i < LM_MAX_HELPERS; i++)
         count += engine->helpers[i].running;
+    for (i = 0; i < LM_UFFD_COUNT; i++)
+        count += engine->uffds[i].kept;
     pthread_mutex_unlock(&engine->lifecycle);
     return count;
 }
@@ -594,44 +642,33 @@ int lm_engine_thread_count(void)
 /* ---- fork ----
  *
  * Without EVENT_FORK, which ordinary users may not have, a child gets plain memory: pages that are
- * present stay, missing ones read as zeros. So the child opens userfaultfds of its own and registers
- * the same ranges before any other code of it runs. The parent's threads do not exist in it; chunks
- * that they were loading are absent again. The gate makes sure that no chunk is half installed, and no
- * lock is held by a thread that the child does not have, at the moment of the fork.
+ * present stay, missing ones read as zeros. So the child opens userfaultfds of its own and registers the
+ * same ranges before any other code of it runs.
+ *
+ * Before the fork only `lifecycle` is taken. Faults must be served until the very moment of it: handlers
+ * of other libraries run after ours and may wait for threads that touch lazy memory (OpenBLAS joins its
+ * workers there). So a child may find `lock` held and the queue half changed by threads that it does not
+ * have; it makes both anew. What it must find whole is stable under `lifecycle`: which regions there are,
+ * and the descriptors. A chunk that was loading is absent again. If some of its pages had been installed
+ * they stay: installing steps over them. No page can be missing whose chunk's state says that it is
+ * present: the state is published after the install, and no install ends between the copy of the
+ * region's pages and the copy of its states, because fork holds the address space for both.
  */
 
 static void before_fork(void)
 {
     pthread_mutex_lock(&engine->lifecycle);
-    pthread_rwlock_wrlock(&engine->gate);
-    pthread_mutex_lock(&engine->lock);
 }
 
 static void after_fork_in_parent(void)
 {
-    pthread_mutex_unlock(&engine->lock);
-    pthread_rwlock_unlock(&engine->gate);
     pthread_mutex_unlock(&engine->lifecycle);
 }
 
-static void give_back_claim(const struct lm_task *task)
-{
-    struct lm_table *table = &task->region->table;
-
-    if ((lm_table_state(table, task->chunk) & LM_TABLE_STATE) == LM_STATE_LOADING)
-        lm_table_publish(table, task->chunk, LM_STATE_ABSENT);
-}
-
+/* Threads are gone, and what they were writing to may be half written: a leak is the price. */
 static void forget_workers(struct lm_worker *workers, int count)
 {
-    int i;
-
-    for (i = 0; i < count; i++) {
-        if (workers[i].busy)
-            give_back_claim(&workers[i].current);
-        workers[i].busy = false;
-        workers[i].running = false;
-    }
+    memset(workers, 0, (size_t)count * sizeof *workers);
 }
 
 static int register_again(struct lm_region *region)
@@ -646,59 +683,61 @@ static int register_again(struct lm_region *region)
     return error;
 }
 
-static void lose_region(struct lm_region *region, int code)
+static void revive_region(struct lm_region *region, const int *errors)
 {
-    uint64_t i;
+    int error;
 
-    for (i = 0; i < region->registered_count; i++)
-        (void)lm_sys_protect(region->base + region->registered[i].start,
-                             region->registered[i].length, PROT_NONE);
-    lm_report_lost_region(region, code);
+    region->tasks = region->calls = region->error_count = 0;
+    region->closing = false; /* whoever was closing it is not here */
+    memset(&region->ahead, 0, sizeof region->ahead);
+    region->ahead.last = UINT64_MAX - 1;
+    if (region->backend == LM_BACKEND_EAGER || engine->lost)
+        return;
+    lm_table_abandon(&region->table);
+    error = errors[region->uffd];
+    if (error == 0)
+        error = register_again(region);
+    if (error < 0)
+        lose_region(region, "after fork, in the child", error);
 }
 
 static void after_fork_in_child(void)
 {
+    int errors[LM_UFFD_COUNT] = { 0 };
     bool used[LM_UFFD_COUNT];
-    struct lm_task task;
+    int index, error;
     size_t i;
-    int index, error = 0;
 
-    pthread_mutex_init(&engine->lifecycle, NULL);
     init_sync();
     if (engine->users == 0)
         return;
-    while (lm_queue_pop_task(&engine->queue, &task))
-        give_back_claim(&task);
     lm_queue_clear(&engine->queue);
     forget_workers(engine->resolvers, LM_MAX_RESOLVERS);
     forget_workers(engine->helpers, LM_MAX_HELPERS);
     engine->has_helpers = false;
-
     for (index = 0; index < LM_UFFD_COUNT; index++)
         used[index] = engine->uffds[index].fd >= 0;
     close_descriptors(); /* this process's copies only; the parent's go on */
     error = open_poller();
-    for (index = 0; index < LM_UFFD_COUNT && error == 0; index++)
-        if (used[index])
-            error = open_uffd(index);
     /* One thread will do until the child asks for more (lm_region_prefetch, another open). */
     if (error == 0)
         error = start_threads(engine->resolvers, 1, resolve);
-    for (i = 0; i < engine->region_count; i++) {
-        struct lm_region *region = engine->regions[i];
-        int failed = error;
-
-        region->tasks = 0;
-        if (region->backend == LM_BACKEND_EAGER)
-            continue;
-        if (failed == 0)
-            failed = register_again(region);
-        if (failed < 0)
-            lose_region(region, failed);
+    for (index = 0; index < LM_UFFD_COUNT; index++) {
+        errors[index] = error;
+        if (error == 0 && used[index])
+            errors[index] = open_uffd(index);
+        /* The parent's privileges may be gone; faults of user mode are anybody's. */
+        if (errors[index] < 0 && error == 0)
+            errors[index] = open_uffd_by(index, LM_WAY_USER_ONLY);
     }
+    for (i = 0; i < engine->region_count; i++)
+        revive_region(engine->regions[i], errors);
 }
 
-static void install_fork_handlers(void)
+/* When the library is loaded: a fork that has begun to run handlers must not meet a lock whose handlers
+ * are not installed yet. */
+__attribute__((constructor)) static void prepare(void)
 {
+    init_sync();
     (void)pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 }

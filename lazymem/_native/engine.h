@@ -7,11 +7,9 @@
  * it is open.
  *
  * Locks, in the order in which they may be taken (DESIGN.md has the reasons):
- *   lifecycle   start and stop of threads, opening of descriptors, fork
- *   gate        shared: from before pages are installed until the chunk's state says so, and while a
- *               task is taken or given back; exclusive: fork, so that a child never sees half of it
- *   lock        regions, queue, tasks, errors
- * None of them is ever held while a thread waits for a disk, a decoder or Python.
+ *   lifecycle   start and stop of threads, opening of descriptors, which regions there are, fork
+ *   lock        the same regions by address, queue, tasks, errors
+ * Neither is ever held while a thread waits for a disk, a decoder or Python.
  */
 #ifndef LM_ENGINE_H
 #define LM_ENGINE_H
@@ -62,8 +60,9 @@ struct lm_region {
     char *names;
 
     /* Under the engine's lock. */
-    bool closing;
-    unsigned tasks; /* claimed or running */
+    bool closing, closed;
+    unsigned tasks; /* queued or running */
+    unsigned calls; /* of the public functions, in other threads */
     struct { uint64_t chunk; int code; } errors[LM_ERROR_SLOTS];
     unsigned error_count;
     struct { uint64_t last, end, window; unsigned streak; } ahead;
@@ -74,9 +73,7 @@ struct lm_region {
 
 struct lm_worker {
     pthread_t thread;
-    bool running;        /* under lifecycle */
-    bool busy;           /* under lock, as is current */
-    struct lm_task current;
+    bool running; /* under lifecycle */
     lm_decoder *decoder;
     unsigned char *stored, *plain, *huge;
     size_t stored_length, plain_length, huge_length;
@@ -86,6 +83,8 @@ struct lm_uffd {
     int fd; /* -1: not open */
     int way;
     unsigned can; /* LM_CAN_* */
+    pthread_t keeper;
+    bool kept; /* the keeper runs */
 };
 
 #define LM_UFFD_FULL 0
@@ -93,14 +92,14 @@ struct lm_uffd {
 #define LM_UFFD_COUNT 2
 
 struct lm_engine {
-    pthread_mutex_t lifecycle;
-    pthread_rwlock_t gate;
-    pthread_mutex_t lock;
+    pthread_mutex_t lifecycle, lock;
     pthread_cond_t work;     /* helpers wait here */
-    pthread_cond_t progress; /* lm_region_wait and lm_region_close_end wait here */
+    pthread_cond_t progress; /* lm_region_wait and lm_region_close wait here */
+    pthread_cond_t end;      /* keepers wait here */
 
     unsigned users; /* regions that need the engine */
-    bool stopping, has_helpers; /* under lock; the child of a fork starts without helpers */
+    /* Under lock. The child of a fork starts without helpers. lost: our descriptors were closed. */
+    bool stopping, has_helpers, lost;
     int poller, bell;
     struct lm_uffd uffds[LM_UFFD_COUNT];
     int resolver_count, helper_count; /* wanted */
@@ -113,13 +112,15 @@ struct lm_engine {
 
 extern struct lm_engine lm_engine;
 
-/* engine.c; the caller holds lifecycle for the first four */
+/* engine.c; the caller holds lifecycle for all but the last */
 int lm_engine_acquire_locked(int threads); /* start if need be */
 void lm_engine_release_locked(void);       /* stop after the last */
 int lm_engine_uffd_locked(int backend, int *ret_index);
 int lm_engine_threads_locked(void);        /* have all wanted threads run */
 int lm_engine_insert(struct lm_region *region);
 void lm_engine_remove(struct lm_region *region);
+/* An ioctl or read found that the application has closed our descriptors. */
+void lm_engine_note_lost(void);
 
 /* populate.c: one chunk, from its source into the region; returns 0 or why it failed. */
 int lm_populate(struct lm_worker *worker, const struct lm_task *task);
@@ -128,7 +129,7 @@ void lm_worker_destroy(struct lm_worker *worker);
 
 /* report.c */
 void lm_report_failed_touch(const struct lm_region *region, uint64_t chunk, int code);
-void lm_report_lost_region(const struct lm_region *region, int code);
+void lm_report_lost_region(const struct lm_region *region, const char *when, int code);
 /* The first array with bytes in [start, end), or array_count. */
 uint64_t lm_report_find_array(const struct lm_region *region, uint64_t start, uint64_t end);
 

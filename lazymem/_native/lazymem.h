@@ -29,6 +29,7 @@
 #define LM_E_CODEC      -1005 /* the decoder that the record needs was not found on this machine */
 #define LM_E_CLOSED     -1006 /* the region is closed or closing */
 #define LM_E_FEATURE    -1007 /* userfaultfd is there but lacks what we need */
+#define LM_E_FULL       -1008 /* too many spans are queued; wait for something and ask again */
 
 /* ---- chunks ---- */
 #define LM_CODEC_RAW    0
@@ -165,10 +166,12 @@ typedef struct {
 int lm_region_open(const lm_region_spec *spec, lm_region **ret_region);
 int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece_count, int writable,
                        lm_region **ret_region);
-/* Two steps. begin: nothing new starts, waiters return LM_E_CLOSED. end: waits for what is in
- * flight, unmaps, frees. No thread may use the memory, or the handle, once end is called. */
-void lm_region_close_begin(lm_region *region);
-void lm_region_close_end(lm_region *region);
+/* Unmaps and gives everything back but the handle. Calls that wait in other threads return LM_E_CLOSED
+ * first, chunks in flight are finished first. Every call on the handle then says LM_E_CLOSED. Idempotent.
+ * No thread may use the memory any more. */
+void lm_region_close(lm_region *region);
+/* The last call on a handle: close, and free it. NULL is allowed. */
+void lm_region_free(lm_region *region);
 
 /* Eager regions once everything is in place: writing becomes impossible where mode is "r". */
 int lm_region_seal(lm_region *region);
@@ -180,15 +183,15 @@ uint64_t lm_region_chunk_size(lm_region *region); /* of a plain mapping: the uni
 int lm_region_backend(lm_region *region);
 int lm_region_install(lm_region *region);
 
-/* Queue chunks [first, first + count) for populating; failed ones are tried again.
- * -EAGAIN: the queue is full, wait for something and ask again. */
-int lm_region_prefetch(lm_region *region, uint64_t first, uint64_t count);
+/* Queue chunks [first, first + count) for populating; failed ones are tried again. urgent: before what
+ * is queued already, because somebody waits for them. */
+int lm_region_prefetch(lm_region *region, uint64_t first, uint64_t count, int urgent);
 /* Wait until all of them are present. 1: they are. 0: time ran out. Negative: why a chunk failed,
  * with *ret_chunk naming it. Restartable: *cursor says how far it got (start it at first). */
 int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeout_ms,
                    uint64_t *cursor, uint64_t *ret_chunk);
 /* memcpy out of the region; the caller has populated the range. */
-void lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length);
+int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length);
 
 #define LM_STATE_ABSENT   0
 #define LM_STATE_LOADING  1
@@ -214,7 +217,7 @@ typedef struct {
     uint64_t moved_chunks;     /* of the populated ones, those that went by UFFDIO_MOVE */
     uint64_t latency[32];      /* demand: message read -> pages in place */
 } lm_stats;
-void lm_region_stats(lm_region *region, lm_stats *ret_stats);
+int lm_region_stats(lm_region *region, lm_stats *ret_stats);
 
 /* Regions and engine threads alive in this process, for leak checks. */
 uint64_t lm_engine_region_count(void);

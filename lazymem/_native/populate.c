@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * populate.c: chunk -> bytes -> pages. Reads the stored bytes, checks and decodes them into memory of
- * the worker's own, and installs that as one step under the gate.
+ * the worker's own, and installs that.
  *
  * Some facts: a page appears to every thread at once the moment it is installed, so bytes must be final
  * before. UFFDIO_COPY copies from a warm buffer into fresh 4 KiB pages; UFFDIO_MOVE takes the worker's
@@ -43,9 +43,15 @@ static int grow(unsigned char **memory, size_t *length, size_t wanted, size_t al
     if (*length >= wanted)
         return 0;
     error = alignment == 0 ? lm_sys_alloc(wanted, &made)
-                           : lm_sys_reserve(wanted, alignment, PROT_READ | PROT_WRITE, &made);
+                           : lm_sys_reserve(wanted, alignment, &made);
     if (error < 0)
         return error;
+    if (alignment != 0)
+        error = lm_sys_protect(made, wanted, PROT_READ | PROT_WRITE);
+    if (error < 0) {
+        lm_sys_free(made, wanted);
+        return error;
+    }
     lm_sys_free(*memory, *length);
     *memory = made;
     *length = wanted;
@@ -183,27 +189,30 @@ static void heal(struct lm_region *region, unsigned char *at)
         (void)lm_sys_protect(at, (size_t)1 << region->table.chunk_shift, region->prot);
 }
 
-static void settle_failure(struct lm_region *region, uint64_t chunk, int code)
+static void record_error(struct lm_region *region, uint64_t chunk, int code)
 {
-    unsigned char *at = region->base + (chunk << region->table.chunk_shift);
-
     add(&region->counters.chunks_failed, 1);
     pthread_mutex_lock(&lm_engine.lock);
     lm_region_record_error_locked(region, chunk, code);
     pthread_mutex_unlock(&lm_engine.lock);
+}
+
+static void settle_failure(struct lm_region *region, uint64_t chunk, int code)
+{
+    unsigned char *at = region->base + (chunk << region->table.chunk_shift);
+
+    record_error(region, chunk, code);
     if (region->backend == LM_BACKEND_EAGER) {
         lm_table_publish(&region->table, chunk, LM_STATE_FAILED);
         return;
     }
-    pthread_rwlock_rdlock(&lm_engine.gate);
-    if (!lm_table_fail(&region->table, chunk)) {
-        /* Somebody touched it. The line comes first: the signal may end the process. */
-        lm_report_failed_touch(region, chunk, code);
-        poison(region, at);
-        lm_table_publish(&region->table, chunk, LM_STATE_POISONED);
-        wake(region, at, (size_t)1 << region->table.chunk_shift);
-    }
-    pthread_rwlock_unlock(&lm_engine.gate);
+    if (lm_table_fail(&region->table, chunk))
+        return; /* nobody has touched it */
+    /* The line comes first: the signal may end the process. */
+    lm_report_failed_touch(region, chunk, code);
+    poison(region, at);
+    lm_table_publish(&region->table, chunk, LM_STATE_POISONED);
+    wake(region, at, (size_t)1 << region->table.chunk_shift);
 }
 
 static void count_success(struct lm_region *region, const struct lm_task *task, size_t length)
@@ -252,44 +261,80 @@ static int prepare_target(struct lm_worker *worker, const struct lm_region *regi
     return error;
 }
 
+/* The chunk's bytes, ready to be installed, at *ret_bytes; NULL for zeros. */
+static int prepare(struct lm_worker *worker, const struct lm_task *task, bool by_move,
+                   unsigned char **ret_bytes)
+{
+    struct lm_region *region = task->region;
+    unsigned char *at = region->base + (task->chunk << region->table.chunk_shift);
+    int error;
+
+    *ret_bytes = NULL;
+    if (lm_table_record(&region->table, task->chunk) == NULL)
+        return 0;
+    error = prepare_target(worker, region, by_move, at, ret_bytes);
+    return error < 0 ? error : produce(worker, region, task->chunk, *ret_bytes);
+}
+
+static int install_any(struct lm_region *region, unsigned char *at, unsigned char *bytes, bool by_move)
+{
+    int error;
+
+    heal(region, at);
+    error = bytes == NULL ? install_zeros(region, at) : install(region, at, bytes, by_move);
+    if (error == -EBADF || error == -ENOTTY)
+        lm_engine_note_lost();
+    return error;
+}
+
+/* A fault message for a chunk that is not absent. Nearly always an old one: wake, and be done. */
+static int recheck(struct lm_worker *worker, const struct lm_task *task)
+{
+    struct lm_region *region = task->region;
+    size_t chunk_size = (size_t)1 << region->table.chunk_shift;
+    unsigned char *at = region->base + (task->chunk << region->table.chunk_shift);
+    unsigned char *bytes;
+    int error = 0;
+
+    if ((lm_table_state(&region->table, task->chunk) & LM_TABLE_STATE) == LM_STATE_PRESENT &&
+        !page_is_resident(task)) {
+        error = prepare(worker, task, false, &bytes);
+        if (error == 0)
+            error = install_any(region, at, bytes, false);
+        if (error < 0 && lm_table_condemn(&region->table, task->chunk)) {
+            record_error(region, task->chunk, error);
+            lm_report_failed_touch(region, task->chunk, error);
+            poison(region, at);
+        }
+    }
+    wake(region, at, chunk_size);
+    return error;
+}
+
 int lm_populate(struct lm_worker *worker, const struct lm_task *task)
 {
     struct lm_region *region = task->region;
     size_t chunk_size = (size_t)1 << region->table.chunk_shift;
     unsigned char *at = region->base + (task->chunk << region->table.chunk_shift);
-    bool zeros = lm_table_record(&region->table, task->chunk) == NULL;
-    bool by_move = region->install == LM_INSTALL_MOVE && task->kind != LM_TASK_RECHECK && !zeros;
-    unsigned char *target = NULL;
+    bool by_move = region->install == LM_INSTALL_MOVE;
+    unsigned char *bytes;
     uint64_t time;
-    int error = 0;
+    int error;
 
-    if (task->kind == LM_TASK_RECHECK && page_is_resident(task)) {
-        wake(region, at, chunk_size);
-        return 0;
-    }
-    if (!zeros) {
-        error = prepare_target(worker, region, by_move, at, &target);
-        if (error == 0)
-            error = produce(worker, region, task->chunk, target);
-    }
+    if (task->kind == LM_TASK_RECHECK)
+        return recheck(worker, task);
+    error = prepare(worker, task, by_move, &bytes);
     time = lm_sys_now_ns();
-    if (error == 0) {
-        pthread_rwlock_rdlock(&lm_engine.gate);
-        heal(region, at);
-        error = zeros ? install_zeros(region, at) : install(region, at, target, by_move);
-        if (error == 0) {
-            /* Counted first, so that whoever is woken finds its own fault in the counters. */
-            (void)lap(&region->counters.install_ns, time);
-            count_success(region, task, chunk_size);
-            lm_table_publish(&region->table, task->chunk, LM_STATE_PRESENT);
-            wake(region, at, chunk_size);
-        }
-        pthread_rwlock_unlock(&lm_engine.gate);
-    }
+    if (error == 0)
+        error = install_any(region, at, bytes, by_move);
     if (error < 0) {
-        if (task->kind == LM_TASK_RECHECK) /* take it back into LOADING, so that the failure has an owner */
-            lm_table_publish(&region->table, task->chunk, LM_STATE_LOADING | LM_TABLE_WANTED);
         settle_failure(region, task->chunk, error);
+        return error;
     }
-    return error;
+    /* Counted first, so that whoever is woken finds its own fault in the counters. */
+    (void)lap(&region->counters.install_ns, time);
+    count_success(region, task, chunk_size);
+    lm_table_publish(&region->table, task->chunk, LM_STATE_PRESENT);
+    wake(region, at, chunk_size);
+    return 0;
 }

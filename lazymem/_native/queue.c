@@ -27,11 +27,18 @@ bool lm_queue_pop_task(struct lm_queue *queue, struct lm_task *ret_task)
     return true;
 }
 
-bool lm_queue_push_span(struct lm_queue *queue, const struct lm_span *span)
+bool lm_queue_push_span(struct lm_queue *queue, const struct lm_span *span, bool front)
 {
+    unsigned at;
+
     if (queue->span_count == LM_QUEUE_SPANS)
         return false;
-    queue->spans[(queue->span_head + queue->span_count++) % LM_QUEUE_SPANS] = *span;
+    if (front)
+        at = queue->span_head = (queue->span_head + LM_QUEUE_SPANS - 1) % LM_QUEUE_SPANS;
+    else
+        at = (queue->span_head + queue->span_count) % LM_QUEUE_SPANS;
+    queue->spans[at] = *span;
+    queue->span_count++;
     return true;
 }
 

@@ -31,7 +31,7 @@ struct lm_span {
 };
 
 #define LM_QUEUE_TASKS 65536 /* untouched pages of it cost nothing */
-#define LM_QUEUE_SPANS 1024
+#define LM_QUEUE_SPANS 16384
 
 struct lm_queue {
     struct lm_task tasks[LM_QUEUE_TASKS];
@@ -44,8 +44,9 @@ void lm_queue_clear(struct lm_queue *queue);
 /* False if full. */
 bool lm_queue_push_task(struct lm_queue *queue, const struct lm_task *task);
 bool lm_queue_pop_task(struct lm_queue *queue, struct lm_task *ret_task);
-bool lm_queue_push_span(struct lm_queue *queue, const struct lm_span *span);
-/* The oldest span, to be advanced in place; NULL if there is none. */
+/* front: before all others. */
+bool lm_queue_push_span(struct lm_queue *queue, const struct lm_span *span, bool front);
+/* The first span, to be advanced in place; NULL if there is none. */
 struct lm_span *lm_queue_first_span(struct lm_queue *queue);
 void lm_queue_pop_span(struct lm_queue *queue);
 /* Forget all spans of a region. */

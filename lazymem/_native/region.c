@@ -63,7 +63,7 @@ static uint64_t choose_hole_size(const lm_region_spec *spec)
 {
     uint64_t threshold = LM_HOLE_BYTES;
 
-    while (count_holes(spec, threshold) > LM_MAX_HOLES)
+    while (threshold < spec->content_size && count_holes(spec, threshold) > LM_MAX_HOLES)
         threshold *= 2;
     return threshold;
 }
@@ -107,14 +107,22 @@ static int allocate(const lm_region_spec *spec, uint64_t holes, struct lm_region
     return 0;
 }
 
-static void destroy(struct lm_region *region)
+/* Everything but the handle. */
+static void give_back(struct lm_region *region)
 {
     int i;
 
     lm_sys_free(region->base, region->size);
+    region->base = NULL;
     for (i = 0; i < region->source_count; i++)
         lm_sys_close(region->fds[i]);
+    region->source_count = 0;
     lm_table_destroy(&region->table);
+}
+
+static void destroy(struct lm_region *region)
+{
+    give_back(region);
     lm_sys_free(region, region->memory);
 }
 
@@ -215,12 +223,14 @@ static int attach_locked(struct lm_region *region, const lm_region_spec *spec, u
     region->prot = PROT_READ;
     if (spec->writable || region->install == LM_INSTALL_MOVE || uffd == NULL)
         region->prot |= PROT_WRITE;
-    error = lm_sys_reserve(region->size, LM_HUGE_PAGE, region->prot, &base);
+    error = lm_sys_reserve(region->size, LM_HUGE_PAGE, &base);
     if (error < 0)
         return error;
     region->base = base;
     if (uffd != NULL)
         error = register_ranges(region, hole_size);
+    if (error == 0)
+        error = lm_sys_protect(base, region->size, region->prot);
     return error < 0 ? error : lm_engine_insert(region);
 }
 
@@ -299,11 +309,13 @@ int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece
     region->writable = writable != 0;
     region->prot = PROT_READ | (writable ? PROT_WRITE : 0);
     region->size = (size + page - 1) & ~(uint64_t)(page - 1);
-    error = lm_sys_reserve(region->size, LM_HUGE_PAGE, region->prot, &base);
+    error = lm_sys_reserve(region->size, LM_HUGE_PAGE, &base);
     if (error == 0) {
         region->base = base;
-        error = map_pieces(region, pieces, piece_count);
+        error = lm_sys_protect(base, region->size, region->prot);
     }
+    if (error == 0)
+        error = map_pieces(region, pieces, piece_count);
     if (error < 0) {
         destroy(region);
         return error;
@@ -312,39 +324,77 @@ int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece
     return 0;
 }
 
-int lm_region_seal(lm_region *region)
+/* ---- calls and close ----
+ *
+ * A public function that uses the region's tables or memory counts itself in and out, so that close can
+ * wait for it: a handle outlives its region, and any number of threads may use it at any time.
+ */
+
+static int enter(struct lm_region *region)
 {
-    return region->writable ? 0 : lm_sys_protect(region->base, region->size, PROT_READ);
+    int error = 0;
+
+    pthread_mutex_lock(&lm_engine.lock);
+    if (region->closing)
+        error = LM_E_CLOSED;
+    else
+        region->calls++;
+    pthread_mutex_unlock(&lm_engine.lock);
+    return error;
 }
 
-/* ---- close ---- */
-
-void lm_region_close_begin(lm_region *region)
+static int leave(struct lm_region *region, int result)
 {
-    if (region->backend == LM_BACKEND_MAP)
-        return;
     pthread_mutex_lock(&lm_engine.lock);
+    if (region->calls > 0) /* the child of a fork in the middle of a call counts from zero */
+        region->calls--;
+    pthread_cond_broadcast(&lm_engine.progress);
+    pthread_mutex_unlock(&lm_engine.lock);
+    return result;
+}
+
+void lm_region_close(lm_region *region)
+{
+    bool mine;
+
+    pthread_mutex_lock(&lm_engine.lock);
+    mine = !region->closing;
     region->closing = true;
     lm_queue_drop_spans(&lm_engine.queue, region);
     pthread_cond_broadcast(&lm_engine.progress);
-    pthread_mutex_unlock(&lm_engine.lock);
-}
-
-void lm_region_close_end(lm_region *region)
-{
-    if (region->backend == LM_BACKEND_MAP) {
-        destroy(region);
-        return;
-    }
-    pthread_mutex_lock(&lm_engine.lock);
-    while (region->tasks > 0)
+    while (mine ? region->tasks > 0 || region->calls > 0 : !region->closed)
         pthread_cond_wait(&lm_engine.progress, &lm_engine.lock);
     pthread_mutex_unlock(&lm_engine.lock);
+    if (!mine)
+        return;
     pthread_mutex_lock(&lm_engine.lifecycle);
-    lm_engine_remove(region);
-    destroy(region);
-    lm_engine_release_locked();
+    if (region->backend != LM_BACKEND_MAP)
+        lm_engine_remove(region);
+    give_back(region);
+    pthread_mutex_lock(&lm_engine.lock);
+    region->closed = true;
+    pthread_cond_broadcast(&lm_engine.progress);
+    pthread_mutex_unlock(&lm_engine.lock);
+    if (region->backend != LM_BACKEND_MAP)
+        lm_engine_release_locked();
     pthread_mutex_unlock(&lm_engine.lifecycle);
+}
+
+void lm_region_free(lm_region *region)
+{
+    if (region == NULL)
+        return;
+    lm_region_close(region);
+    lm_sys_free(region, region->memory);
+}
+
+int lm_region_seal(lm_region *region)
+{
+    int error = enter(region);
+
+    if (error < 0)
+        return error;
+    return leave(region, region->writable ? 0 : lm_sys_protect(region->base, region->size, PROT_READ));
 }
 
 /* ---- look ---- */
@@ -354,6 +404,7 @@ uint64_t lm_region_size(lm_region *region) { return region->size; }
 int lm_region_backend(lm_region *region) { return region->backend; }
 int lm_region_install(lm_region *region) { return region->install; }
 
+/* Fixed at open: allowed on a closed handle. */
 uint64_t lm_region_chunk_count(lm_region *region)
 {
     if (region->backend == LM_BACKEND_MAP)
@@ -385,22 +436,29 @@ static int map_states(lm_region *region, uint64_t first, uint64_t count, uint8_t
 int lm_region_states(lm_region *region, uint64_t first, uint64_t count, uint8_t *ret_states)
 {
     uint64_t chunks = lm_region_chunk_count(region), i;
+    int error;
 
     if (first > chunks || count > chunks - first)
         return -EINVAL;
+    error = enter(region);
+    if (error < 0)
+        return error;
     if (region->backend == LM_BACKEND_MAP)
-        return map_states(region, first, count, ret_states);
+        return leave(region, map_states(region, first, count, ret_states));
     for (i = 0; i < count; i++)
         ret_states[i] = lm_table_record(&region->table, first + i) == NULL
                             ? LM_STATE_PRESENT
                             : lm_table_state(&region->table, first + i) & LM_TABLE_STATE;
-    return 0;
+    return leave(region, 0);
 }
 
-void lm_region_stats(lm_region *region, lm_stats *ret_stats)
+int lm_region_stats(lm_region *region, lm_stats *ret_stats)
 {
     const struct lm_counters *from = &region->counters;
-    int i;
+    int i, error = enter(region);
+
+    if (error < 0)
+        return error;
 
     *ret_stats = (lm_stats){
         .faults = atomic_load(&from->faults),
@@ -418,6 +476,7 @@ void lm_region_stats(lm_region *region, lm_stats *ret_stats)
     };
     for (i = 0; i < LM_LATENCY_BUCKETS; i++)
         ret_stats->latency[i] = atomic_load(&from->latency[i]);
+    return leave(region, 0);
 }
 
 uint64_t lm_region_array_end(const struct lm_region *region, uint64_t chunk)
@@ -444,18 +503,25 @@ static int map_prefetch(lm_region *region, uint64_t first, uint64_t count)
                          MADV_WILLNEED);
 }
 
-int lm_region_prefetch(lm_region *region, uint64_t first, uint64_t count)
+/* What failed is asked for again, and so may heal. */
+static void reset_failed_locked(struct lm_region *region, uint64_t first, uint64_t end)
+{
+    uint64_t i;
+
+    if (region->error_count > LM_ERROR_SLOTS) { /* more than are remembered: look everywhere */
+        for (i = first; i < end; i++)
+            lm_table_reset(&region->table, i);
+        return;
+    }
+    for (i = 0; i < region->error_count; i++)
+        if (region->errors[i].chunk >= first && region->errors[i].chunk < end)
+            lm_table_reset(&region->table, region->errors[i].chunk);
+}
+
+static int queue_span(struct lm_region *region, uint64_t first, uint64_t count, bool urgent)
 {
     struct lm_span span = { .region = region, .next = first, .end = first + count };
-    uint64_t chunks = lm_region_chunk_count(region), i;
     int error;
-
-    if (first > chunks || count > chunks - first)
-        return -EINVAL;
-    if (count == 0)
-        return 0;
-    if (region->backend == LM_BACKEND_MAP)
-        return map_prefetch(region, first, count);
 
     pthread_mutex_lock(&lm_engine.lifecycle);
     error = lm_engine_threads_locked();
@@ -465,15 +531,29 @@ int lm_region_prefetch(lm_region *region, uint64_t first, uint64_t count)
     pthread_mutex_lock(&lm_engine.lock);
     if (region->closing)
         error = LM_E_CLOSED;
-    else if (!lm_queue_push_span(&lm_engine.queue, &span))
-        error = -EAGAIN;
-    else if (region->error_count > 0) /* whatever failed is asked for again, and so may heal */
-        for (i = first; i < first + count; i++)
-            lm_table_reset(&region->table, i);
-    if (error == 0)
+    else if (!lm_queue_push_span(&lm_engine.queue, &span, urgent))
+        error = LM_E_FULL;
+    if (error == 0) {
+        reset_failed_locked(region, first, first + count);
         pthread_cond_broadcast(&lm_engine.work);
+    }
     pthread_mutex_unlock(&lm_engine.lock);
     return error;
+}
+
+int lm_region_prefetch(lm_region *region, uint64_t first, uint64_t count, int urgent)
+{
+    uint64_t chunks = lm_region_chunk_count(region);
+    int error;
+
+    if (first > chunks || count > chunks - first)
+        return -EINVAL;
+    error = enter(region);
+    if (error < 0 || count == 0)
+        return error < 0 ? error : leave(region, 0);
+    return leave(region, region->backend == LM_BACKEND_MAP
+                             ? map_prefetch(region, first, count)
+                             : queue_span(region, first, count, urgent != 0));
 }
 
 void lm_region_record_error_locked(struct lm_region *region, uint64_t chunk, int code)
@@ -554,12 +634,15 @@ int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeou
 {
     uint64_t chunks = lm_region_chunk_count(region);
     struct timespec deadline;
-    int result, late = 0;
+    int result, late = 0, error;
 
     if (first > chunks || count > chunks - first || *cursor < first)
         return -EINVAL;
+    error = enter(region);
+    if (error < 0)
+        return error;
     if (region->backend == LM_BACKEND_MAP)
-        return map_wait(region, first + count, timeout_ms, cursor, ret_chunk);
+        return leave(region, map_wait(region, first + count, timeout_ms, cursor, ret_chunk));
     deadline_after(timeout_ms, &deadline);
     pthread_mutex_lock(&lm_engine.lock);
     for (;;) {
@@ -569,10 +652,18 @@ int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeou
         late = pthread_cond_timedwait(&lm_engine.progress, &lm_engine.lock, &deadline);
     }
     pthread_mutex_unlock(&lm_engine.lock);
-    return result;
+    return leave(region, result);
 }
 
-void lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length)
+int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length)
 {
+    int error;
+
+    if (offset > region->size || length > region->size - offset)
+        return -EINVAL;
+    error = enter(region);
+    if (error < 0)
+        return error;
     memcpy(out, region->base + offset, length);
+    return leave(region, 0);
 }

@@ -4,12 +4,12 @@
  * thread that is about to get SIGBUS may hold any lock of the C library or of Python.
  */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "engine.h"
+#include "sys.h"
 
 static const char *cause(int code, char *buffer, size_t length)
 {
@@ -27,20 +27,16 @@ static const char *cause(int code, char *buffer, size_t length)
     }
 }
 
-static void print(const char *line, int length, size_t capacity)
+/* One line, whatever a path or an array's name is made of: control characters become '?'. */
+static void print(char *line, int length, size_t capacity)
 {
-    size_t left = (size_t)length < capacity ? (size_t)length : capacity - 1;
+    size_t end = (size_t)length < capacity ? (size_t)length : capacity - 1, i;
 
-    while (left > 0) {
-        ssize_t wrote = write(STDERR_FILENO, line, left);
-
-        if (wrote <= 0 && errno != EINTR)
-            return;
-        if (wrote > 0) {
-            line += wrote;
-            left -= (size_t)wrote;
-        }
-    }
+    for (i = 0; i + 1 < end; i++)
+        if ((unsigned char)line[i] < 0x20 || line[i] == 0x7f)
+            line[i] = '?';
+    line[end - 1] = '\n';
+    lm_sys_write_patiently(STDERR_FILENO, line, end);
 }
 
 uint64_t lm_report_find_array(const struct lm_region *region, uint64_t start, uint64_t end)
@@ -81,13 +77,13 @@ void lm_report_failed_touch(const struct lm_region *region, uint64_t chunk, int 
     print(line, length, sizeof line);
 }
 
-void lm_report_lost_region(const struct lm_region *region, int code)
+void lm_report_lost_region(const struct lm_region *region, const char *when, int code)
 {
     char line[4096], text[128];
     int length = snprintf(line, sizeof line,
-                          "lazymem: after fork: %.2048s: its memory cannot be served in this child "
-                          "process and raises SIGSEGV when touched: %s\n",
-                          region->url, cause(code, text, sizeof text));
+                          "lazymem: %s: %.2048s: its memory cannot be served any more and raises "
+                          "SIGSEGV when touched: %s\n",
+                          when, region->url, cause(code, text, sizeof text));
 
     print(line, length, sizeof line);
 }

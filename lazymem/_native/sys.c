@@ -4,14 +4,21 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "lazymem.h"
+
+#ifndef SYS_close_range
+#define SYS_close_range 436 /* the same on all architectures */
+#endif
 
 #define LM_THREAD_STACK ((size_t)512 << 10) /* zstd's decoder keeps its tables in its context */
 
@@ -99,7 +106,7 @@ void lm_sys_free(void *memory, size_t length)
         (void)munmap(memory, length);
 }
 
-int lm_sys_reserve(size_t length, size_t alignment, int prot, void **ret_memory)
+int lm_sys_reserve(size_t length, size_t alignment, void **ret_memory)
 {
     size_t span;
     char *start;
@@ -108,7 +115,7 @@ int lm_sys_reserve(size_t length, size_t alignment, int prot, void **ret_memory)
 
     if (__builtin_add_overflow(length, alignment, &span))
         return -ENOMEM;
-    memory = mmap(NULL, span, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    memory = mmap(NULL, span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
         return -errno;
     start = memory;
@@ -116,6 +123,7 @@ int lm_sys_reserve(size_t length, size_t alignment, int prot, void **ret_memory)
     if (lead > 0)
         (void)munmap(start, lead);
     (void)munmap(start + lead + length, span - lead - length);
+    (void)munlock(start + lead, length);
     *ret_memory = start + lead;
     return 0;
 }
@@ -140,6 +148,45 @@ int lm_sys_advise(void *address, size_t length, int advice)
 int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages)
 {
     return mincore(address, length, ret_pages) < 0 ? -errno : 0;
+}
+
+static void close_between(int first, int last)
+{
+    /* Before Linux 5.9 there is no close_range: then this thread keeps the others open, too. */
+    if (first <= last)
+        (void)syscall(SYS_close_range, (unsigned)first, (unsigned)last, 0u);
+}
+
+int lm_sys_isolate_descriptor(int keep)
+{
+    int low = keep < STDERR_FILENO ? keep : STDERR_FILENO;
+    int high = keep < STDERR_FILENO ? STDERR_FILENO : keep;
+
+    if (unshare(CLONE_FILES) < 0)
+        return -errno;
+    close_between(0, low - 1);
+    close_between(low + 1, high - 1);
+    close_between(high + 1, INT_MAX);
+    return 0;
+}
+
+void lm_sys_write_patiently(int fd, const char *text, size_t length)
+{
+    struct pollfd writable = { .fd = fd, .events = POLLOUT };
+
+    while (length > 0) {
+        ssize_t wrote;
+
+        if (poll(&writable, 1, 100) <= 0 || !(writable.revents & POLLOUT))
+            return;
+        wrote = write(fd, text, length < PIPE_BUF ? length : PIPE_BUF);
+        if (wrote < 0 && errno != EINTR)
+            return;
+        if (wrote > 0) {
+            text += wrote;
+            length -= (size_t)wrote;
+        }
+    }
 }
 
 int lm_sys_thread_start(pthread_t *ret_thread, void *(*run)(void *), void *argument)

@@ -27,12 +27,19 @@ void lm_sys_close(int fd);
  * lock that the faulting thread may hold. */
 int lm_sys_alloc(size_t length, void **ret_memory);
 void lm_sys_free(void *memory, size_t length);
-/* The same at a multiple of alignment (a power of two, at least a page). */
-int lm_sys_reserve(size_t length, size_t alignment, int prot, void **ret_memory);
+/* Address space at a multiple of alignment (a power of two, at least a page), inaccessible and not
+ * locked: under mlockall(MCL_FUTURE) accessible memory is filled with zeros before anybody can register
+ * it. Register first, then lm_sys_protect. */
+int lm_sys_reserve(size_t length, size_t alignment, void **ret_memory);
 int lm_sys_map_fixed(void *address, size_t length, int prot, int flags, int fd, uint64_t offset);
 int lm_sys_protect(void *address, size_t length, int prot);
 int lm_sys_advise(void *address, size_t length, int advice);
 int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages);
+
+/* Give this thread a table of descriptors of its own in which only `keep` and stderr are open. */
+int lm_sys_isolate_descriptor(int keep);
+/* Write all of it to a descriptor that may be a full pipe nobody reads: give up after 100 ms. */
+void lm_sys_write_patiently(int fd, const char *text, size_t length);
 
 /* A thread with all signals blocked: the application's handlers never run on it. */
 int lm_sys_thread_start(pthread_t *ret_thread, void *(*run)(void *), void *argument);

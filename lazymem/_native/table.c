@@ -146,6 +146,22 @@ bool lm_table_fail(struct lm_table *table, uint64_t chunk)
     return atomic_compare_exchange_strong(&table->states[chunk], &state, LM_STATE_FAILED);
 }
 
+bool lm_table_condemn(struct lm_table *table, uint64_t chunk)
+{
+    uint8_t state = LM_STATE_PRESENT;
+
+    return atomic_compare_exchange_strong(&table->states[chunk], &state, LM_STATE_POISONED);
+}
+
+void lm_table_abandon(struct lm_table *table)
+{
+    uint64_t chunk;
+
+    for (chunk = 0; chunk < table->chunk_count; chunk++)
+        if ((lm_table_state(table, chunk) & LM_TABLE_STATE) == LM_STATE_LOADING)
+            lm_table_publish(table, chunk, LM_STATE_ABSENT);
+}
+
 void lm_table_reset(struct lm_table *table, uint64_t chunk)
 {
     uint8_t state = lm_table_state(table, chunk);

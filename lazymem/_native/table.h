@@ -9,7 +9,8 @@
  *                             LOADING --fail, not wanted--> FAILED
  *                             LOADING|WANTED --fail--> (poison the pages) --> POISONED
  *   FAILED, POISONED --reset (asked for again)--> ABSENT
- *   LOADING --reset, in the child of a fork, whose loader does not exist--> ABSENT
+ *   LOADING --abandon, in the child of a fork, whose loader does not exist--> ABSENT
+ *   PRESENT --condemn: a page was given back and cannot be had again--> POISONED
  *
  * Exactly one thread owns a chunk in LOADING. The table takes no lock and makes no system call.
  */
@@ -58,6 +59,10 @@ bool lm_table_want(struct lm_table *table, uint64_t chunk);
 void lm_table_publish(struct lm_table *table, uint64_t chunk, uint8_t state);
 /* LOADING -> FAILED. False, and no change, if the chunk is wanted. */
 bool lm_table_fail(struct lm_table *table, uint64_t chunk);
+/* PRESENT -> POISONED. False if it was not present. */
+bool lm_table_condemn(struct lm_table *table, uint64_t chunk);
+/* Every chunk that is LOADING -> ABSENT. Nothing else may run. */
+void lm_table_abandon(struct lm_table *table);
 /* FAILED or POISONED -> ABSENT. */
 void lm_table_reset(struct lm_table *table, uint64_t chunk);
 

@@ -106,7 +106,7 @@ static void *prefetch(void *argument)
     uint64_t cursor = 0, failed;
     int result;
 
-    CHECK(lm_region_prefetch(self->region, 0, CHUNKS) == 0);
+    CHECK(lm_region_prefetch(self->region, 0, CHUNKS, 0) == 0);
     while ((result = lm_region_wait(self->region, 0, CHUNKS, 5, &cursor, &failed)) == 0)
         ;
     CHECK(result == 1);
@@ -135,10 +135,15 @@ static void test_threads_read_right_bytes(void)
         lm_region_stats(region, &stats);
         CHECK(stats.chunks_demand + stats.chunks_prefetch <= CHUNKS);
         CHECK(stats.chunks_failed == 0);
-        lm_region_close_begin(region);
-        lm_region_close_end(region);
+        lm_region_free(region);
         CHECK(lm_engine_region_count() == 0 && lm_engine_thread_count() == 0);
     }
+}
+
+static void *close_it(void *argument)
+{
+    lm_region_close(argument);
+    return NULL;
 }
 
 static void test_close_while_a_prefetch_waits(void)
@@ -147,16 +152,24 @@ static void test_close_while_a_prefetch_waits(void)
 
     for (round = 0; round < 50; round++) {
         uint64_t cursor = 0, failed;
+        pthread_t closers[2];
         lm_region *region;
-        int result;
+        lm_stats stats;
+        int result, i;
 
         CHECK(open_region(&region) == 0);
-        CHECK(lm_region_prefetch(region, 0, CHUNKS) == 0);
-        lm_region_close_begin(region);
-        result = lm_region_wait(region, 0, CHUNKS, 1000, &cursor, &failed);
-        CHECK(result == LM_E_CLOSED);
-        CHECK(lm_region_prefetch(region, 0, 1) == LM_E_CLOSED);
-        lm_region_close_end(region);
+        CHECK(lm_region_prefetch(region, 0, CHUNKS, 0) == 0);
+        for (i = 0; i < 2; i++)
+            CHECK(pthread_create(&closers[i], NULL, close_it, region) == 0);
+        while ((result = lm_region_wait(region, 0, CHUNKS, 1000, &cursor, &failed)) == 0)
+            ;
+        CHECK(result == LM_E_CLOSED || result == 1);
+        for (i = 0; i < 2; i++)
+            pthread_join(closers[i], NULL);
+        CHECK(lm_region_prefetch(region, 0, 1, 0) == LM_E_CLOSED);
+        CHECK(lm_region_stats(region, &stats) == LM_E_CLOSED);
+        lm_region_free(region);
+        CHECK(lm_engine_region_count() == 0 && lm_engine_thread_count() == 0);
     }
 }
 
@@ -173,20 +186,19 @@ static void test_failed_chunk_is_named_and_heals(void)
     byte = (unsigned char)(was ^ 1);
     CHECK(pwrite(source, &byte, 1, at) == 1);
     CHECK(open_region(&region) == 0);
-    CHECK(lm_region_prefetch(region, 0, CHUNKS) == 0);
+    CHECK(lm_region_prefetch(region, 0, CHUNKS, 0) == 0);
     while ((result = lm_region_wait(region, 0, CHUNKS, 5, &cursor, &failed)) == 0)
         ;
     CHECK(result == LM_E_CHECKSUM && failed == 5);
     CHECK(lm_region_states(region, 0, CHUNKS, states) == 0 && states[5] == LM_STATE_FAILED);
     CHECK(pwrite(source, &was, 1, at) == 1);
     cursor = 0;
-    CHECK(lm_region_prefetch(region, 0, CHUNKS) == 0);
+    CHECK(lm_region_prefetch(region, 0, CHUNKS, 0) == 0);
     while ((result = lm_region_wait(region, 0, CHUNKS, 5, &cursor, &failed)) == 0)
         ;
     CHECK(result == 1);
     CHECK(memcmp(lm_region_address(region), content, (size_t)CHUNKS * CHUNK) == 0);
-    lm_region_close_begin(region);
-    lm_region_close_end(region);
+    lm_region_free(region);
 }
 
 /* A touch of a chunk that cannot be had ends in a signal, with UFFDIO_POISON and without it; asked for
@@ -244,8 +256,59 @@ static void test_pages_given_back_come_again(void)
         CHECK(shown[i] == content[i]);
     CHECK(madvise(shown + 8192, 5 * CHUNK, MADV_DONTNEED) == 0);
     CHECK(memcmp(shown, content, (size_t)CHUNKS * CHUNK) == 0);
-    lm_region_close_begin(region);
-    lm_region_close_end(region);
+    lm_region_free(region);
+}
+
+/* A library that was here before us, whose fork handler takes a lock that a thread holds while it
+ * touches lazy memory: faults must be served until the fork itself. */
+static pthread_mutex_t elsewhere = PTHREAD_MUTEX_INITIALIZER;
+
+static void lock_elsewhere(void) { pthread_mutex_lock(&elsewhere); }
+static void unlock_elsewhere(void) { pthread_mutex_unlock(&elsewhere); }
+
+/* Before the core's own constructor, so that this handler runs after the core's. */
+__attribute__((constructor(101))) static void install_elsewhere(void)
+{
+    CHECK(pthread_atfork(lock_elsewhere, unlock_elsewhere, unlock_elsewhere) == 0);
+}
+
+static void *touch_under_lock(void *argument)
+{
+    const volatile unsigned char *shown = lm_region_address(argument);
+    size_t chunk;
+
+    for (chunk = 0; chunk < CHUNKS; chunk++) {
+        pthread_mutex_lock(&elsewhere);
+        CHECK(shown[chunk * CHUNK] == content[chunk * CHUNK]);
+        pthread_mutex_unlock(&elsewhere);
+    }
+    return NULL;
+}
+
+static void test_fork_waits_for_a_thread_that_touches(void)
+{
+    int round;
+
+    alarm(30);
+    for (round = 0; round < 30; round++) {
+        lm_region *region;
+        pthread_t thread;
+        int status, i;
+
+        CHECK(open_region(&region) == 0);
+        CHECK(pthread_create(&thread, NULL, touch_under_lock, region) == 0);
+        for (i = 0; i < 3; i++) {
+            pid_t pid = fork();
+
+            CHECK(pid >= 0);
+            if (pid == 0)
+                _exit(0);
+            CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+        }
+        pthread_join(thread, NULL);
+        lm_region_free(region);
+    }
+    alarm(0);
 }
 
 static void test_fork_during_touches(void)
@@ -260,7 +323,7 @@ static void test_fork_during_touches(void)
 
         CHECK(open_region(&toucher.region) == 0);
         CHECK(pthread_create(&thread, NULL, touch, &toucher) == 0);
-        CHECK(lm_region_prefetch(toucher.region, 10, 20) == 0);
+        CHECK(lm_region_prefetch(toucher.region, 10, 20, 1) == 0);
         pid = fork();
         CHECK(pid >= 0);
         if (pid == 0) {
@@ -269,8 +332,7 @@ static void test_fork_during_touches(void)
         }
         CHECK(waitpid(pid, &status, 0) == pid && status == 0);
         pthread_join(thread, NULL);
-        lm_region_close_begin(toucher.region);
-        lm_region_close_end(toucher.region);
+        lm_region_free(toucher.region);
     }
 }
 
@@ -293,8 +355,7 @@ int main(int argc, char **argv)
             return 77;
         }
     } else {
-        lm_region_close_begin(region);
-        lm_region_close_end(region);
+        lm_region_free(region);
     }
     test_threads_read_right_bytes();
     test_close_while_a_prefetch_waits();
@@ -302,6 +363,7 @@ int main(int argc, char **argv)
     test_pages_given_back_come_again();
     if (argc > 1 && strcmp(argv[1], "fork") == 0) {
         test_fork_during_touches();
+        test_fork_waits_for_a_thread_that_touches();
         test_failed_touch(SIGBUS, 0);
         test_failed_touch(SIGSEGV, LM_CAN_POISON);
     }

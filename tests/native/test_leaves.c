@@ -221,7 +221,7 @@ static void test_queue_keeps_order_and_forgets_a_region(void)
     for (i = 0; i < LM_QUEUE_SPANS; i++) {
         struct lm_span span = { .region = i % 3 ? one : two, .next = i, .end = i + 1 };
 
-        CHECK(lm_queue_push_span(&queue, &span));
+        CHECK(lm_queue_push_span(&queue, &span, false));
     }
     lm_queue_drop_spans(&queue, one);
     for (i = 0; i < LM_QUEUE_SPANS; i += 3) {
@@ -229,6 +229,14 @@ static void test_queue_keeps_order_and_forgets_a_region(void)
         lm_queue_pop_span(&queue);
     }
     CHECK(lm_queue_first_span(&queue) == NULL);
+    for (i = 0; i < 3; i++) {
+        struct lm_span span = { .region = one, .next = i, .end = i + 1 };
+
+        CHECK(lm_queue_push_span(&queue, &span, i == 2));
+    }
+    CHECK(lm_queue_first_span(&queue)->next == 2); /* the urgent one */
+    lm_queue_pop_span(&queue);
+    CHECK(lm_queue_first_span(&queue)->next == 0);
 }
 
 int main(void)

@@ -43,7 +43,8 @@ def test_codec_found_nowhere_is_said_to_be_missing() -> None:
     code = """
     from lazymem._native import _core, codecs
     # As on a machine with no zstd at all: nothing has been found for it.
-    found = codecs._find(codecs._Codec(((_core.lib.LM_FN_ZSTD_CREATE, "none"),), "no.such.module", "no-such.so"))
+    functions = ((_core.lib.LM_FN_ZSTD_CREATE, "none"),)
+    found = codecs._find(codecs._Codec(functions, "no.such.module", "no-such.so"))
     print(repr(found))
     """
     assert check_child(code) == "''\n"
