@@ -8,18 +8,48 @@
 
 from .builder import BuildReport, build
 from .catalog import ArrayInfo
-from .errors import LazymemError
+from .errors import (
+    AccessDenied,
+    ArrayNotFound,
+    BackendUnavailable,
+    BuildError,
+    ChunkCorrupt,
+    FormatError,
+    LazymemError,
+    OptionError,
+    OutOfMemory,
+    ReadError,
+    SnapshotChanged,
+    SnapshotClosed,
+    SnapshotNotFound,
+    UnsupportedDtype,
+    UnsupportedFormat,
+)
 from .extractor import extract
 from .region import Stats
 from .snapshot import Snapshot, open, open_array
 from .verifier import VerifyReport, verify
 
 __all__ = [
+    "AccessDenied",
     "ArrayInfo",
+    "ArrayNotFound",
+    "BackendUnavailable",
+    "BuildError",
     "BuildReport",
+    "ChunkCorrupt",
+    "FormatError",
     "LazymemError",
+    "OptionError",
+    "OutOfMemory",
+    "ReadError",
     "Snapshot",
+    "SnapshotChanged",
+    "SnapshotClosed",
+    "SnapshotNotFound",
     "Stats",
+    "UnsupportedDtype",
+    "UnsupportedFormat",
     "VerifyReport",
     "build",
     "extract",

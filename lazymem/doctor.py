@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import grp
 import importlib.metadata
 import mmap
 import os
@@ -28,6 +29,7 @@ from .errors import OptionError
 from .options import OpenOptions, cpu_count
 
 _DEVICE: Final = "/dev/userfaultfd"
+_NOBODY: Final = 65534
 _SYSCTL: Final = "/proc/sys/vm/unprivileged_userfaultfd"
 #: What the engine cannot do without (engine.c, open_way).
 _NEEDED: Final = ("copy", "zeropage", "wake")
@@ -113,6 +115,8 @@ class _Place:
     device: bool  # the device node exists
     sysctl: str | None
     user: str
+    group: str  # its primary one
+    nobody: bool  # the user that stands for many: daemons, and whoever a user namespace does not map
 
 
 def examine() -> Report:
@@ -158,6 +162,10 @@ def _look_around() -> _Place:
     user = str(uid)
     with contextlib.suppress(KeyError):
         user = pwd.getpwuid(uid).pw_name
+    gid = os.getegid()
+    group = str(gid)
+    with contextlib.suppress(KeyError):
+        group = grp.getgrgid(gid).gr_name
     return _Place(
         kernel=(number[0], number[1]),
         container=any(map(os.path.exists, _CONTAINER_MARKS)),
@@ -166,6 +174,8 @@ def _look_around() -> _Place:
         device=os.path.exists(_DEVICE),
         sysctl=_read(_SYSCTL),
         user=user,
+        group=group,
+        nobody=uid == _NOBODY,
     )
 
 
@@ -271,12 +281,14 @@ def _change(backend: str, place: _Place, probed: dict[str, WayReport]) -> Change
     if backend == "uffd":
         return None
     gain = "every touch is lazy, those of the kernel too"
-    if place.device and probed["device"].errno == errno.EACCES:
+    if place.device and probed["device"].errno == errno.EACCES and not place.nobody:
+        lasts = "until the next boot; a udev rule makes it last"
         if shutil.which("setfacl"):
             command = f"sudo setfacl -m u:{shlex.quote(place.user)}:rw {_DEVICE}"
-        else:
-            command = f"sudo chown {shlex.quote(place.user)} {_DEVICE}"
-        return Change(gain, command, "lasts until the next boot; a udev rule makes it last")
+            return Change(gain, command, f"for this user, {lasts}")
+        group = shlex.quote(place.group)
+        command = f"sudo chgrp {group} {_DEVICE} && sudo chmod 0660 {_DEVICE}"
+        return Change(gain, command, f"for all of the group {place.group}, {lasts}")
     if place.container:
         return Change(
             gain,

@@ -7,13 +7,25 @@ attributes, and ends its sentence with what to do. This module imports nothing o
 
 from __future__ import annotations
 
+import functools
+from typing import Any, ClassVar
+
 
 class LazymemError(Exception):
     """Base of every error that lazymem raises on purpose."""
 
+    _keywords: ClassVar[tuple[str, ...]] = ()  # what __init__ wants beside the message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The builtin way calls the class with `args` alone, which lack what is given by keyword.
+        given = {name: getattr(self, name) for name in self._keywords}
+        return functools.partial(type(self), **given), self.args, self.__dict__
+
 
 class SnapshotNotFound(LazymemError, FileNotFoundError):
     """Nothing lies under the given path or URL."""
+
+    _keywords = ("url",)
 
     def __init__(self, message: str, *, url: str) -> None:
         super().__init__(message)
@@ -22,6 +34,8 @@ class SnapshotNotFound(LazymemError, FileNotFoundError):
 
 class AccessDenied(LazymemError, PermissionError):
     """The path or URL exists but may not be read or written with the caller's rights."""
+
+    _keywords = ("url",)
 
     def __init__(self, message: str, *, url: str) -> None:
         super().__init__(message)
@@ -33,6 +47,8 @@ class FormatError(LazymemError, ValueError):
 
     ``url`` names the file, ``field`` the field, section, array or member that is wrong.
     """
+
+    _keywords = ("url", "field")
 
     def __init__(self, message: str, *, url: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -50,6 +66,8 @@ class ChunkCorrupt(LazymemError, OSError):
     ``chunk`` is the chunk's index, ``array`` the name of the first array that it holds.
     """
 
+    _keywords = ("url", "chunk", "array")
+
     def __init__(self, message: str, *, url: str, chunk: int, array: str | None = None) -> None:
         super().__init__(message)
         self.url = url
@@ -60,6 +78,8 @@ class ChunkCorrupt(LazymemError, OSError):
 class ReadError(LazymemError, OSError):
     """The store did not deliver the bytes of a chunk: I/O error, short file, source gone."""
 
+    _keywords = ("url", "chunk", "array")
+
     def __init__(self, message: str, *, url: str, chunk: int | None = None, array: str | None = None) -> None:
         super().__init__(message)
         self.url = url
@@ -69,6 +89,8 @@ class ReadError(LazymemError, OSError):
 
 class SnapshotChanged(LazymemError, OSError):
     """The file under the path is no longer the one that was opened."""
+
+    _keywords = ("url",)
 
     def __init__(self, message: str, *, url: str) -> None:
         super().__init__(message)
@@ -81,6 +103,8 @@ class SnapshotClosed(LazymemError, ValueError):
 
 class ArrayNotFound(LazymemError, KeyError):
     """The snapshot has no array of that name."""
+
+    _keywords = ("url", "name")
 
     def __init__(self, message: str, *, url: str, name: str) -> None:
         super().__init__(message)

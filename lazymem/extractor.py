@@ -21,10 +21,12 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from .containers import npy, safetensors
+from .containers.base import Directory, unsupported
+from .containers.detect import open_container
 from .errors import ArrayNotFound, BuildError, FormatError, OptionError, UnsupportedDtype, UnsupportedFormat
 from .format.origin import DeflatedMember, Origin, OriginFile, unsafe_name
-from .format.reader import SnapshotReader
-from .store.local import AtomicFile, LocalBlob
+from .format.reader import SnapshotReader, open_snapshot
+from .store.local import AtomicFile
 
 StrPath = str | os.PathLike[str]
 Progress = Callable[[int, int | None], None]
@@ -33,6 +35,7 @@ Progress = Callable[[int, int | None], None]
 FORMATS: Final = ("npz", "npy", "raw", "safetensors")
 
 _PROGRESS_STEP: Final = 1 << 20
+_PIECE: Final = 4 << 20
 _MIN_HOLE: Final = 1 << 20  # shorter runs of zeros are written
 _MAX_ZIP_NAME: Final = 0xFFFF
 
@@ -65,7 +68,14 @@ def extract(
     if format is not None and format not in FORMATS:
         raise OptionError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}, or None")
     target = os.fspath(destination)
-    with LocalBlob(os.fspath(source)) as blob:
+    if target == "-":
+        raise OptionError("the destination is '-', but files appear whole; `lazymem cat` writes to a pipe")
+    path = os.fspath(source)
+    blob = open_snapshot(path)
+    if blob is None:
+        what = "is a folder; name a snapshot in it" if os.path.isdir(path) else "is not a snapshot"
+        raise FormatError(f"{path}: {what}: only snapshots are extracted", url=path)
+    with blob:
         job = _Job(SnapshotReader(blob), overwrite, progress)
         try:
             if format is None and names is None and job.index.container is not None:
@@ -87,9 +97,15 @@ def extract(
 def cat(source: StrPath, name: str, out: BinaryIO) -> int:
     """Write the bytes of one array, as they lie in memory, to `out`; return their number.
 
-    Raises `ArrayNotFound`, and what reading the snapshot and writing to `out` raise.
+    source: a snapshot, whose bytes are checked, or a container that can be read in place. Raises
+    `ArrayNotFound`, `UnsupportedFormat` (it is compressed), and what reading and writing raise.
     """
-    with LocalBlob(os.fspath(source)) as blob:
+    path = os.fspath(source)
+    blob = open_snapshot(path)
+    if blob is None:
+        with contextlib.closing(open_container(path)) as directory:
+            return _cat_in_place(path, directory, name, out)
+    with blob:
         reader = SnapshotReader(blob)
         (row,) = _rows(reader, [name])
         offset, nbytes = reader.index.range_of(row)
@@ -98,17 +114,34 @@ def cat(source: StrPath, name: str, out: BinaryIO) -> int:
     return nbytes
 
 
+def _cat_in_place(url: str, directory: Directory, name: str, out: BinaryIO) -> int:
+    entry = next((entry for entry in directory.arrays if entry.name == name), None)
+    if entry is None:
+        raise _no_array(url, name)
+    if entry.compression is not None:
+        raise unsupported(
+            url, f"array {name!r}", f"is compressed ({entry.compression})", "`lazymem build` a snapshot of it"
+        )
+    blob = directory.files[entry.file]
+    for begin in range(0, entry.nbytes, _PIECE):
+        out.write(blob.read(entry.offset + begin, min(_PIECE, entry.nbytes - begin)))
+    return entry.nbytes
+
+
 def _rows(reader: SnapshotReader, names: Sequence[str] | None) -> list[int]:
     rows = reader.index.rows
     if names is None:
         return list(rows.values())
     for name in names:
         if name not in rows:
-            url = reader.index.url
-            raise ArrayNotFound(
-                f"{url}: has no array {name!r}; `lazymem ls` shows the names it has", url=url, name=name
-            )
+            raise _no_array(reader.index.url, name)
     return [rows[name] for name in dict.fromkeys(names)]
+
+
+def _no_array(url: str, name: str) -> ArrayNotFound:
+    return ArrayNotFound(
+        f"{url}: has no array {name!r}; `lazymem ls` shows the names it has", url=url, name=name
+    )
 
 
 class _Job:
@@ -148,12 +181,17 @@ class _Job:
             )
         self._make_folder(folder)
         *parents, _ = name.split("/")
+        path = os.path.join(folder, name)
         for depth in range(1, len(parents) + 1):
             below = os.path.join(folder, *parents[:depth])
-            if os.path.islink(below):
-                raise BuildError(f"{below}: is a link that may lead out of {folder}; remove it")
+            self._refuse_link(below, folder)
             self._make_folder(below)
-        return os.path.join(folder, name)
+        self._refuse_link(path, folder)
+        return path
+
+    def _refuse_link(self, path: str, folder: str) -> None:
+        if os.path.islink(path):
+            raise BuildError(f"{path}: is a link that may lead out of {folder}; remove it")
 
     def _make_folder(self, path: str) -> None:
         if os.path.isdir(path):
@@ -187,7 +225,7 @@ class _Job:
         """Remove what was written, and the folders made for it."""
         for path in self.written:
             with contextlib.suppress(OSError):
-                path.unlink()
+                os.unlink(os.path.realpath(path))
         for folder in reversed(self._folders):
             with contextlib.suppress(OSError):
                 os.rmdir(folder)

@@ -6,10 +6,11 @@ Imports nothing of lazymem but the errors.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from .errors import OptionError
 
@@ -37,6 +38,7 @@ def cpu_count() -> int:
 
 def check_chunk_size(value: int) -> int:
     """Return `value` if it is an allowed chunk size in bytes, else raise `OptionError`."""
+    _whole("chunk_size", value)
     if not MIN_CHUNK_SIZE <= value <= MAX_CHUNK_SIZE or value & (value - 1):
         raise OptionError(
             f"chunk_size is {value}; it must be a power of two from {MIN_CHUNK_SIZE} (64 KiB) "
@@ -45,13 +47,27 @@ def check_chunk_size(value: int) -> int:
     return value
 
 
+def _whole(name: str, value: Any) -> None:
+    # numpy's integers count; a bool is an int to Python, but here a mistake.
+    try:
+        operator.index(value)
+    except TypeError:
+        whole = False
+    else:
+        whole = not isinstance(value, bool)
+    if not whole:
+        raise OptionError(f"{name} is {value!r}; it must be a whole number")
+
+
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise OptionError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
     return value
 
 
-def _threads(name: str, value: int) -> int:
+def check_threads(value: int, name: str = "threads") -> int:
+    """Return `value` if it is an allowed number of threads, else raise `OptionError`."""
+    _whole(name, value)
     if not 1 <= value <= 256:
         raise OptionError(f"{name} is {value}; it must be from 1 to 256")
     return value
@@ -85,7 +101,8 @@ class OpenOptions:
         _choice("install", self.install, INSTALLS)
         check_chunk_size(self.chunk_size)
         if self.threads is not None:
-            _threads("threads", self.threads)
+            check_threads(self.threads)
+        _whole("readahead", self.readahead)
         if not 0 <= self.readahead <= 4096:
             raise OptionError(f"readahead is {self.readahead}; it must be from 0 to 4096 chunks")
 
@@ -105,7 +122,7 @@ class OpenOptions:
         env = os.environ if environ is None else environ
         if threads is None and "LAZYMEM_THREADS" in env:
             try:
-                threads = _threads("LAZYMEM_THREADS", int(env["LAZYMEM_THREADS"]))
+                threads = check_threads(int(env["LAZYMEM_THREADS"]), "LAZYMEM_THREADS")
             except ValueError:
                 raise OptionError(
                     f"LAZYMEM_THREADS is {env['LAZYMEM_THREADS']!r}; it must be a number from 1 to 256"
@@ -140,7 +157,11 @@ class BuildOptions:
         _choice("codec", self.codec, CODECS)
         check_chunk_size(self.chunk_size)
         if self.threads is not None:
-            _threads("threads", self.threads)
+            check_threads(self.threads)
+        if self.planes is not None and not isinstance(self.planes, bool):
+            raise OptionError(f"planes is {self.planes!r}; it must be True, False or None")
+        if self.level is not None:
+            _whole("level", self.level)
         low, high = {"none": (0, 0), "lz4": (1, 12), "zstd": (-50, 22)}[self.codec]
         if self.level is not None and not low <= self.level <= high:
             raise OptionError(f"level is {self.level}; codec {self.codec} takes {low} to {high}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +96,13 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
     def info(self, name: str) -> ArrayInfo:
         """Dtype, shape, order, size and place of an array. Raises `ArrayNotFound`."""
+        if not isinstance(name, str):
+            raise ArrayNotFound(
+                f"{self._url}: arrays are found by name, a string, and {name!r} is none; "
+                "list(snapshot) has the names",
+                url=self._url,
+                name=str(name),
+            )
         try:
             return self._catalog.info(name)
         except KeyError:
@@ -195,6 +202,12 @@ class Snapshot(Mapping[str, NDArray[Any]]):
         )
 
     # ---- lifetime ----
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Snapshot cannot be pickled or copied; open it again in the other process: "
+            f"lazymem.open({self._url!r})"
+        )
 
     def close(self) -> None:
         """Give memory and descriptors back. Idempotent; may wait for chunks in flight.

@@ -84,7 +84,8 @@ class Summary:
 
     arrays: visible ones. hidden_arrays: bytes of the original file that are in no array, as its header.
     content_bytes: of the memory that shows a snapshot; it, chunks, digest, created_by and container are
-    None for containers. files: of a container; a snapshot is one file.
+    None for containers. files: of a container; a snapshot is one file. compressed_arrays: those of a
+    container that keep it from being read in place.
     """
 
     url: str
@@ -92,6 +93,7 @@ class Summary:
     file_bytes: int
     arrays: int
     hidden_arrays: int
+    compressed_arrays: int
     array_bytes: int
     content_bytes: int | None
     chunks: Chunks | None
@@ -186,6 +188,7 @@ def _summarize_index(index: SnapshotIndex) -> Summary:
         file_bytes=facts.file_size,
         arrays=facts.arrays,
         hidden_arrays=facts.hidden_arrays,
+        compressed_arrays=0,
         array_bytes=facts.array_bytes,
         content_bytes=facts.content_size,
         chunks=Chunks(
@@ -225,6 +228,7 @@ def _summarize_directory(url: str, directory: Directory) -> Summary:
         file_bytes=sum(file.size for file in files),
         arrays=len(directory.arrays),
         hidden_arrays=0,
+        compressed_arrays=sum(entry.compression is not None for entry in directory.arrays),
         array_bytes=sum(entry.nbytes for entry in directory.arrays),
         content_bytes=None,
         chunks=None,

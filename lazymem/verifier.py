@@ -18,11 +18,9 @@ from typing import Final
 from . import _native
 from .errors import ChunkCorrupt, FormatError, ReadError
 from .format import structs
-from .format.index import content_digest, is_snapshot, parse_head
-from .format.reader import SnapshotReader
-from .options import cpu_count
-from .store.base import Blob
-from .store.local import LocalBlob
+from .format.index import content_digest, parse_head
+from .format.reader import SnapshotReader, open_snapshot
+from .options import check_threads, cpu_count
 
 #: Records per task: fewer tasks than records, and still an even share for each thread.
 _BATCH: Final = 8
@@ -80,21 +78,16 @@ def verify(
     `FormatError` if `source` is no snapshot or its index is damaged, and what opening a file raises.
     """
     started = time.monotonic()
-    with LocalBlob(source) as blob:
-        if not _looks_like_snapshot(blob):
-            raise FormatError(
-                f"{blob.url}: is not a snapshot, and other formats carry no checksums to verify; "
-                "`lazymem build` makes a snapshot of it that does",
-                url=blob.url,
-            )
-        reader = SnapshotReader(blob)
-        return _Verification(reader, deep).run(threads or cpu_count(), progress, started)
-
-
-def _looks_like_snapshot(blob: Blob) -> bool:
-    head = blob.read(0, min(blob.size, structs.HEAD.size))
-    tail = min(blob.size, structs.TAIL.size)
-    return is_snapshot(head) or is_snapshot(blob.read(blob.size - tail, tail))
+    workers = cpu_count() if threads is None else check_threads(threads)
+    path = os.fspath(source)
+    blob = open_snapshot(path)
+    if blob is None:
+        what = "is not a snapshot, and other formats carry no checksums to verify"
+        if os.path.isdir(path):
+            what = "is a folder, and one file is verified at a time; name it"
+        raise FormatError(f"{path}: {what}; `lazymem build` makes a snapshot that carries them", url=path)
+    with blob:
+        return _Verification(SnapshotReader(blob), deep).run(workers, progress, started)
 
 
 class _Damaged(Exception):

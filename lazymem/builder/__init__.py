@@ -18,10 +18,10 @@ from typing import Any, BinaryIO, Final, cast
 from ..containers.base import Directory
 from ..containers.detect import open_container
 from ..errors import BuildError, OptionError
-from ..format.reader import open_snapshot
+from ..format.reader import has_magic, open_snapshot
 from ..format.writer import SnapshotWriter, metadata_section
 from ..options import DEFAULT_CHUNK_SIZE, BuildOptions
-from ..store.local import AtomicFile
+from ..store.local import AtomicFile, LocalBlob
 from .containers import ContainerSource, combine
 from .sources import ArraySource, SnapshotSource, Source, StreamSource, file_name_of
 
@@ -39,6 +39,7 @@ class BuildReport:
 
     content_bytes: of the region that shows the snapshot. source_bytes: of what went in.
     chunks: all of them; zero_chunks take no bytes, raw_chunks did not shrink. digest: hexadecimal.
+    exact: `extract` gives back the very files that went in, or none did; else reason says why not.
     """
 
     path: str
@@ -50,6 +51,8 @@ class BuildReport:
     zero_chunks: int
     raw_chunks: int
     digest: str
+    exact: bool
+    reason: str | None
     seconds: float
 
 
@@ -64,7 +67,7 @@ def build(
     threads: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     array_metadata: Mapping[str, Mapping[str, Any]] | None = None,
-    overwrite: bool = True,
+    overwrite: bool | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
     """Build the snapshot file `destination` from `source`, and say what was built.
@@ -74,7 +77,9 @@ def build(
         "data"; a list of such paths; a binary file object; or "-" for standard input.
     codec, level, chunk_size, planes, threads: see `BuildOptions`.
     metadata, array_metadata: JSON, kept with what the source says, over which they win.
-    overwrite: False refuses an existing destination. Source and destination may be one file.
+    overwrite: whether to replace an existing destination: None, if it is a snapshot or empty; True,
+        any regular file; False, none. Source and destination may be one file, but a container that
+        `extract` could not give back exactly is never replaced.
     progress: called with (bytes done, bytes in all or None).
 
     Blocks. Needs memory for (5 threads + 6) chunks and 64 bytes per stored chunk, whatever the size
@@ -89,6 +94,8 @@ def build(
     path = os.fspath(destination)
     if "://" in path:
         raise BuildError(f"{path}: is a URL; build to a local path and copy the file there")
+    if path == "-":
+        raise OptionError("the destination is '-', but a snapshot is always a file; name one (`./-`, say)")
     metadata_section(metadata or {}, array_metadata or {})  # refuse it before the work, not after
     with ExitStack() as stack:
         opened = _open_source(source)
@@ -96,7 +103,9 @@ def build(
         unknown = set(array_metadata or {}) - set(opened.names)
         if unknown:
             raise OptionError(f"array_metadata names {min(unknown)!r}, which the source does not have")
-        target = stack.enter_context(AtomicFile(path, overwrite))
+        if overwrite is None:
+            _check_replaced(path)
+        target = stack.enter_context(AtomicFile(path, overwrite is not False))
         writer = stack.enter_context(SnapshotWriter(target.file, options, created_by=_created_by()))
         offsets, own_metadata = _copy(opened, writer, progress)
         for name, values in (array_metadata or {}).items():
@@ -108,6 +117,12 @@ def build(
             origin=origin,
             extents=extents,
         )
+        exact = origin is None or origin.exact
+        reason = None if origin is None else origin.reason
+        if not exact and isinstance(opened, ContainerSource):
+            _check_source_stays(path, opened, reason)
+        if overwrite is None:
+            _check_replaced(path)  # again: hours may have passed
         arrays, source_bytes = len(opened.names), opened.source_bytes
     return BuildReport(
         path=path,
@@ -119,8 +134,39 @@ def build(
         zero_chunks=result.zero_chunks,
         raw_chunks=result.raw_chunks,
         digest=result.digest.hex(),
+        exact=exact,
+        reason=reason,
         seconds=time.monotonic() - started,
     )
+
+
+def _check_replaced(path: str) -> None:
+    """Refuse a destination that is somebody's data: a regular file that is neither empty nor a snapshot."""
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError):
+        return  # nothing to lose; AtomicFile says what is wrong
+    if not stat.S_ISREG(info.st_mode) or info.st_size == 0:
+        return
+    with LocalBlob(path) as blob:
+        if not has_magic(blob):
+            raise BuildError(
+                f"{path}: exists and is not a snapshot; choose another name, or pass overwrite=True "
+                "(--overwrite) to replace it"
+            )
+
+
+def _check_source_stays(path: str, source: ContainerSource, reason: str | None) -> None:
+    """Refuse to replace a file by a snapshot from which it could not be had again."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return
+    if source.reads(info):
+        raise BuildError(
+            f"{path}: is the source, and could not be given back byte for byte ({reason}); "
+            "choose another name"
+        )
 
 
 def _copy(
@@ -158,6 +204,8 @@ def _open_source(source: BuildSource) -> Source:
     if isinstance(source, Mapping):
         return ArraySource(source)
     if isinstance(source, str) and source == "-":
+        if sys.stdin is None:
+            raise BuildError("standard input is closed; pipe the bytes in, or name a file")
         return StreamSource(sys.stdin.buffer, file_name="data", close=False)
     if isinstance(source, (str, os.PathLike)):
         return _open_path(os.fspath(source))
@@ -198,6 +246,8 @@ def _open_paths(paths: list[str]) -> Source:
     directories: list[Directory] = []
     try:
         for path in paths:
+            if path == "-":
+                raise OptionError("standard input ('-') is among several sources; build it alone")
             blob = open_snapshot(path)
             if blob is not None:
                 blob.close()

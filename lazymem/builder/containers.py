@@ -60,6 +60,11 @@ class ContainerSource:
     def names(self) -> Collection[str]:
         return [entry.name for entry in self._directory.arrays]
 
+    def reads(self, file: os.stat_result) -> bool:
+        """Whether that file is one of those that the arrays come from."""
+        fds = [blob.fileno() for blob in self._directory.files]
+        return any(fd is not None and os.path.samestat(os.fstat(fd), file) for fd in fds)
+
     def close(self) -> None:
         self._directory.close()
 

@@ -19,6 +19,7 @@ import click
 
 from .. import __version__
 from ..errors import LazymemError, OptionError
+from . import streams
 from .build import build
 from .cat import cat
 from .demo import demo
@@ -55,7 +56,7 @@ def cli() -> None:
     Use it (in Python):          snap = lazymem.open("model.lzm"); snap["name"]
     Get the original back:       lazymem extract model.lzm model.safetensors
 
-    ls and info also read .safetensors, .npy, .npz, folders of shards, and any file as raw bytes.
+    ls, info and cat also read .safetensors, .npy, .npz, folders of shards, and any file as raw bytes.
 
     \b
     Exit codes:
@@ -63,6 +64,7 @@ def cli() -> None:
       1    verify found damage
       2    a wrong option or argument
       3    an error, named in one sentence: no such file, no space, ...
+      70   a defect of lazymem; please report it
       130  interrupted by Ctrl-C
       141  the reader of a pipe went away
     """
@@ -74,10 +76,7 @@ for _verb in (demo, build, ls, info, verify, extract, cat, doctor):
 
 def main() -> NoReturn:
     """The entry point `lazymem`: run, and exit with the code that says how it went."""
-    # What cannot be encoded for this terminal is shown as an escape rather than as a traceback.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    streams.prepare()
     # So that temporary files go when a supervisor or a closed terminal ends the run.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
@@ -118,9 +117,9 @@ def _see_help(error: click.ClickException) -> str:
 
 
 def _failed(error: Exception) -> int:
+    if isinstance(error, OSError) and error.filename == streams.STDOUT:
+        streams.give_up_stdout()
     if isinstance(error, BrokenPipeError):
-        # The interpreter flushes stdout once more as it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_PIPE
     if isinstance(error, LazymemError):
         sentence = str(error)

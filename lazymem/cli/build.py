@@ -71,7 +71,11 @@ class KeyValue(click.ParamType[tuple[str, str]]):
     multiple=True,
     help="A string to keep with the snapshot; may be given again.",
 )
-@click.option("--no-overwrite", is_flag=True, help="Refuse to replace an existing DST.")
+@click.option(
+    "--overwrite/--no-overwrite",
+    default=None,
+    help="Replace an existing DST whatever it is, or never; default: if it is a snapshot.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar, no summary.")
 def build(
     sources: tuple[str, ...],
@@ -82,7 +86,7 @@ def build(
     planes: bool | None,
     threads: int | None,
     metadata: tuple[tuple[str, str], ...],
-    no_overwrite: bool,
+    overwrite: bool | None,
     quiet: bool,
 ) -> None:
     """Build the snapshot DST from SRC.
@@ -101,7 +105,7 @@ def build(
     """
     from ..builder import build as build_snapshot
 
-    if sources == ("-",) and sys.stdin.isatty():
+    if sources == ("-",) and sys.stdin is not None and sys.stdin.isatty():
         raise click.UsageError("standard input is a terminal; pipe the bytes in, or name a file")
     with progress(f"building {destination}", quiet=quiet) as report:
         result = build_snapshot(
@@ -113,8 +117,14 @@ def build(
             planes=planes,
             threads=threads,
             metadata=dict(metadata),
-            overwrite=not no_overwrite,
+            overwrite=overwrite,
             progress=report,
+        )
+    if not quiet and not result.exact:
+        click.echo(
+            f"lazymem: note: `lazymem extract` will not give the source back byte for byte, only its arrays: "
+            f"{plain(result.reason or 'no reason is recorded')}",
+            err=True,
         )
     if not quiet and sys.stdout.isatty():
         ratio = result.source_bytes / result.file_bytes

@@ -12,9 +12,10 @@ import click
 @click.argument("source", metavar="SRC")
 @click.argument("name", metavar="NAME")
 def cat(source: str, name: str) -> None:
-    """Write the bytes of the array NAME of the snapshot SRC to standard output.
+    """Write the bytes of the array NAME of SRC to standard output.
 
-    Raw bytes as they lie in memory: no header. They are checked before they are written.
+    Raw bytes as they lie in memory: no header. SRC is a snapshot, whose bytes are checked before they
+    are written, or a container that is read in place.
 
     \b
     Examples:

@@ -103,6 +103,9 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _format(summary: Summary) -> str:
+    if summary.compressed_arrays:
+        how = f"{count(summary.compressed_arrays, 'array')} compressed: `lazymem build` it first, to open it"
+        return f"{summary.format}, {how}"
     if summary.chunks is None:
         return f"{summary.format}, read in place"
     by = f", written by {plain(summary.created_by)}" if summary.created_by else ""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -14,6 +14,8 @@ from .text import human_bytes, plain, shape
 
 if TYPE_CHECKING:
     from ..summary import ListedArray
+
+_MAX_CELL: Final = 20  # leaves room for sizes and names on 80 columns
 
 
 @click.command(short_help="List arrays: dtype, shape, size, name.")
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 def ls(source: str, long_: bool, as_json: bool) -> None:
     """List the arrays of SRC: dtype, shape, size and name.
 
-    SRC is a snapshot or any container that lazymem reads. Only its index is read.
+    SRC is a snapshot or any container that lazymem reads. Only its index is read. A terminal gets a
+    long dtype or shape cut short; a pipe and --json get all of it.
 
     \b
     Examples:
@@ -48,7 +51,7 @@ def ls(source: str, long_: bool, as_json: bool) -> None:
     # Numbers to the right; the name last, because it may be long or in a wide script.
     heads = ("dtype", "shape", "size", *(("order", "where") if long_ else ()), "name")
     if sys.stdout.isatty():
-        rows.insert(0, heads)
+        rows = [heads, *((_cut(row[0]), _cut(row[1]), *row[2:]) for row in rows)]
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(len(heads) - 1)]
     for row in rows:
         cells = [
@@ -61,6 +64,10 @@ def ls(source: str, long_: bool, as_json: bool) -> None:
 def _row(array: ListedArray, long_: bool) -> tuple[str, ...]:
     base = (plain(array.dtype), shape(array.shape), human_bytes(array.nbytes))
     return (*base, *((array.order, _where(array)) if long_ else ()), plain(array.name))
+
+
+def _cut(cell: str) -> str:
+    return cell if len(cell) <= _MAX_CELL else f"{cell[: _MAX_CELL - 3]}..."
 
 
 def _where(array: ListedArray) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..dtypes import EXTENSION_DTYPES, dtype_to_json
-from ..errors import FormatError, UnsupportedDtype
+from ..errors import FormatError, UnsupportedDtype, UnsupportedFormat
 from ..store.base import Blob
 from .base import ArrayEntry, Directory, array_size, damaged, unsupported
 
@@ -59,8 +59,8 @@ def header_size(prefix: bytes, *, url: str, field: str) -> int:
     return 8 + width + length
 
 
-def parse_header(data: bytes, *, url: str, field: str) -> Header:
-    """Parse `data`, which holds exactly the bytes that `header_size` counted."""
+def parse_header(data: bytes, *, url: str, field: str, name: str) -> Header:
+    """Parse `data`, which holds exactly the bytes that `header_size` counted. name: the array's."""
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
@@ -74,9 +74,9 @@ def parse_header(data: bytes, *, url: str, field: str) -> Header:
     except Exception as error:  # numpy evaluates a literal, and hands on whatever that raises
         raise damaged(url, field, f"has a .npy header that numpy refuses ({str(error)[:200]})") from None
     try:
-        dtype_to_json(dtype, name=field)
+        dtype_to_json(dtype, name=name)
     except UnsupportedDtype as error:
-        raise unsupported(url, field, f"cannot be shown: {error}", "load it with numpy.load") from None
+        raise UnsupportedFormat(f"{url}: {error} (numpy.load may read it)", url=url, field=field) from None
     nbytes = array_size(shape, dtype.itemsize)
     if nbytes is None:
         raise damaged(url, field, f"has the impossible shape {str(shape)[:200]}")
@@ -111,7 +111,8 @@ def read_npy(blob: Blob) -> Directory:
     size = header_size(head[:PREFIX], url=url, field=field)
     if size > blob.size:
         raise damaged(url, field, f"has {size} bytes, but the file has {blob.size}")
-    header = parse_header(head[:size] if size <= len(head) else blob.read(0, size), url=url, field=field)
+    data = head[:size] if size <= len(head) else blob.read(0, size)
+    header = parse_header(data, url=url, field=field, name=ARRAY_NAME)
     if header.nbytes > blob.size - size:
         raise FormatError(
             f"{url}: array {ARRAY_NAME!r} needs {header.nbytes} bytes from byte {size}, but the file has "

@@ -141,11 +141,12 @@ def _entry(blob: Blob, info: zipfile.ZipInfo, start: int, head: bytes, member: s
         raise damaged(url, member, f"has a .npy header of {size} bytes in a member of {declared}")
     if size > len(head):  # only of a stored member: _inflate_header brings all
         head = blob.read(start, size)
-    header = npy.parse_header(head[:size], url=url, field=member)
+    name = info.filename.removesuffix(".npy")
+    header = npy.parse_header(head[:size], url=url, field=member, name=name)
     if header.nbytes > declared - size:
         raise damaged(url, member, f"needs {header.nbytes} bytes, but has {declared - size}")
     return ArrayEntry(
-        name=info.filename.removesuffix(".npy"),
+        name=name,
         dtype=header.dtype,
         shape=header.shape,
         order=header.order,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .. import _native
-from ..errors import ChunkCorrupt, UnsupportedFormat
+from ..errors import ChunkCorrupt, FormatError, UnsupportedFormat
 from ..store.base import Blob
 from ..store.local import LocalBlob
 from . import structs
@@ -22,19 +22,36 @@ from .sections import decode_section
 
 #: Zeros are handed out in pieces of this size, all of them one object.
 _ZEROS = memoryview(bytes(1 << 20))
+_SUFFIX = ".lzm"
+
+
+def has_magic(blob: Blob) -> bool:
+    """Whether the first or the last bytes are a snapshot's: one read, two if the first are not."""
+    if is_snapshot(blob.read(0, min(blob.size, len(structs.HEAD_MAGIC)))):
+        return True
+    length = min(blob.size, structs.TAIL.size)
+    return is_snapshot(blob.read(blob.size - length, length))
 
 
 def open_snapshot(path: str) -> LocalBlob | None:
-    """The file, opened, if it is a snapshot by its first bytes; None for anything else, folders too.
+    """The file, opened, if it is a snapshot; None for anything else, folders too.
 
-    Raises `SnapshotNotFound`, `AccessDenied`, `ReadError`.
+    A file with one damaged end is a snapshot still, so that it is not taken for raw bytes. Raises
+    `FormatError` where only the suffix says so; `SnapshotNotFound`, `AccessDenied`, `ReadError`.
     """
     if os.path.isdir(path):
         return None
     blob = LocalBlob(path)
     try:
-        if is_snapshot(blob.read(0, min(blob.size, len(structs.HEAD_MAGIC)))):
+        if has_magic(blob):
             return blob
+        if os.path.splitext(path)[1].lower() == _SUFFIX:
+            raise FormatError(
+                f"{path}: is called {_SUFFIX}, but neither begins nor ends as a snapshot; it is damaged or "
+                f"cut short: copy the file again or build it anew (if it is something else, rename it)",
+                url=path,
+                field="head magic",
+            )
     except BaseException:
         blob.close()
         raise

@@ -53,6 +53,8 @@ class LocalBlob:
     def __init__(self, path: StrPath) -> None:
         self._fd = -1  # so that __del__ works if open fails
         self._url = os.fsdecode(path)
+        if not self._url:
+            raise SnapshotNotFound("the path is empty; name a file or a folder", url=self._url)
         self.path = os.path.abspath(self._url)
         try:
             # Without O_NONBLOCK the open of a named pipe waits for a writer.
@@ -74,9 +76,9 @@ class LocalBlob:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             self.close()
+            advice = "name a file in it" if stat.S_ISDIR(info.st_mode) else "copy its content to one first"
             raise ReadError(
-                f"{self._url}: is {_kind(info.st_mode)}, not a regular file; copy its content to one first",
-                url=self._url,
+                f"{self._url}: is {_kind(info.st_mode)}, not a regular file; {advice}", url=self._url
             )
         self._size = info.st_size
         self._identity = _identity(info)
@@ -209,7 +211,9 @@ class AtomicFile:
 
     Until the block ends without an exception nothing stands under `path`, and what stood there
     before stays. Where the filesystem has O_TMPFILE, not even SIGKILL leaves anything behind.
-    Raises `BuildError`, or `AccessDenied`. overwrite=False: an existing `path` is a `BuildError`.
+    A symbolic link stays one: the file that it leads to is replaced. Who may read a replaced file may
+    read the new one. Raises `BuildError`, or `AccessDenied`; also for a `path` that is no regular file,
+    and, with overwrite=False, for one that exists.
     """
 
     file: BinaryIO
@@ -220,25 +224,48 @@ class AtomicFile:
         self._sink: _Sink | None = None
         self.path = os.fsdecode(path)
         self._overwrite = overwrite
-        directory, self._name = os.path.split(os.path.abspath(self.path))
+        if not self.path:
+            raise BuildError("the path is empty; name the file to write")
+        try:
+            real = os.path.realpath(self.path)
+        except ValueError as error:  # a NUL byte in the path
+            raise BuildError(f"{self.path!r}: is not a path ({error})") from None
+        directory, self._name = os.path.split(real)
+        self._where = directory if os.path.islink(self.path) else os.path.dirname(self.path) or "."
         if self.path.endswith("/") or not self._name or os.path.isdir(self.path):
             raise BuildError(f"{self.path}: is a directory; give the name of a file in it")
         if not overwrite and os.path.lexists(self.path):
             raise self._exists()
         try:
+            replaced = self._replaced()
             self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            self._open()
+            self._open(0o666 if replaced is None else 0o600)  # 0666: the umask decides
+            if replaced is not None:
+                with contextlib.suppress(OSError):  # only root may give files away
+                    os.fchown(self._fd, replaced.st_uid, replaced.st_gid)
+                os.fchmod(self._fd, replaced.st_mode & 0o777)
+        except BuildError:
+            raise
         except OSError as error:
             self._discard()
             raise self._refused(error) from error
         self._sink = _Sink(self._fd, self.path)
         self.file = cast(BinaryIO, io.BufferedWriter(self._sink, _BUFFER_SIZE))
 
-    def _open(self) -> None:
+    def _replaced(self) -> os.stat_result | None:
+        """What stands under the path now; anything but a regular file is refused."""
+        try:
+            info = os.stat(self.path)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(info.st_mode):
+            raise BuildError(f"{self.path}: is {_kind(info.st_mode)}; name a regular file, or a new one")
+        return info
+
+    def _open(self, mode: int) -> None:
         flags = os.O_RDWR | os.O_CLOEXEC
         try:
-            # 0666: the umask decides.
-            self._fd = os.open(".", flags | os.O_TMPFILE, 0o666, dir_fd=self._directory)
+            self._fd = os.open(".", flags | os.O_TMPFILE, mode, dir_fd=self._directory)
             if os.path.exists(self._link):
                 return
             os.close(self._fd)  # no /proc here, so it could never get a name
@@ -246,7 +273,7 @@ class AtomicFile:
             if error.errno not in _NO_TMPFILE:
                 raise
         self._partial = self._partial_name()
-        self._fd = os.open(self._partial, flags | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=self._directory)
+        self._fd = os.open(self._partial, flags | os.O_CREAT | os.O_EXCL, mode, dir_fd=self._directory)
 
     @property
     def _link(self) -> str:
@@ -299,6 +326,7 @@ class AtomicFile:
         if self._partial is None:
             self._partial = self._partial_name()
             os.link(self._link, self._partial, dst_dir_fd=here)
+        self._replaced()  # again: hours may have passed
         os.rename(self._partial, self._name, src_dir_fd=here, dst_dir_fd=here)
         self._partial = None
 
@@ -320,7 +348,7 @@ class AtomicFile:
         return BuildError(f"{self.path}: exists already; choose another name or allow overwriting")
 
     def _refused(self, error: OSError) -> BuildError | AccessDenied:
-        where = os.path.dirname(self.path) or "."
+        where = self._where
         if isinstance(error, PermissionError):
             return AccessDenied(
                 f"{self.path}: may not be written; you have no rights to create files in {where}",
@@ -330,6 +358,7 @@ class AtomicFile:
             errno.ENOENT: f"the directory {where} does not exist; create it first",
             errno.ENOTDIR: f"{where} is not a directory",
             errno.EISDIR: "is a directory; give the name of a file in it",
+            errno.ELOOP: "is a symbolic link that leads back to itself; remove it",
             errno.EROFS: "the filesystem is mounted read-only; choose another place",
         }.get(error.errno or 0)
         if reason is None:

@@ -124,9 +124,8 @@ def test_doctor_of_an_ordinary_user_names_the_one_command(snapshot: str) -> None
     assert report["backend"] == "uffd-user"
     assert report["change"]["command"]
     assert any("EFAULT" in text for text in report["cannot"])
-    device = report["ways"][0]
-    if device["errno"] == "EACCES":
-        assert "/dev/userfaultfd" in report["change"]["command"]
+    # nobody stands for many users: what is given to it, each of them has.
+    assert "nobody" not in report["change"]["command"]
 
 
 TOUCH_FROM_THE_KERNEL = """
@@ -163,6 +162,8 @@ def examine_on(monkeypatch: pytest.MonkeyPatch, ways: tuple[WayReport, ...], **p
         "device": True,
         "sysctl": "0",
         "user": "ann",
+        "group": "staff",
+        "nobody": False,
         **place,
     }
     monkeypatch.setattr("lazymem._native.probe", lambda: ways)
@@ -186,6 +187,20 @@ def test_advice_for_a_device_that_the_user_may_not_open_is_one_setfacl(
     assert report.change is not None
     assert report.change.command == "sudo setfacl -m u:'ann b':rw /dev/userfaultfd"
     assert "/dev/userfaultfd: Permission denied" in report.reason
+
+
+def test_advice_without_setfacl_is_the_users_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    examine_on(monkeypatch, ways(errno.EACCES, errno.EPERM, 0))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    change = doctor.examine().change
+    assert change is not None
+    assert change.command == "sudo chgrp staff /dev/userfaultfd && sudo chmod 0660 /dev/userfaultfd"
+
+
+def test_advice_for_nobody_gives_nobody_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = examine_on(monkeypatch, ways(errno.EACCES, errno.EPERM, 0), user="nobody", nobody=True)
+    assert report.change is not None
+    assert report.change.command == "sudo sysctl -w vm.unprivileged_userfaultfd=1"
 
 
 def test_advice_without_a_device_is_the_sysctl(monkeypatch: pytest.MonkeyPatch) -> None:

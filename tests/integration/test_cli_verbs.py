@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +123,72 @@ def test_build_no_overwrite_keeps_what_is_there(model: Path, capsys: Capture) ->
     assert run(["build", "--no-overwrite", str(model), str(out)]) == 3
     assert "exists already" in capsys.readouterr().err
     assert out.read_bytes() == b"precious"
+    assert run(["build", str(model), str(out)]) == 3
+    assert "--overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == b"precious"
+    assert run(["build", "--overwrite", str(model), str(out)]) == 0
     assert run(["build", str(model), str(out)]) == 0
     assert len(lazymem.open(out)) == 2
+
+
+def test_build_says_when_the_source_cannot_be_given_back(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "x.npz"
+    buffer = io.BytesIO()
+    np.save(buffer, np.arange(10_000) % 77)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("a.npy", buffer.getvalue())
+    assert run(["build", str(path), str(tmp_path / "x.lzm")]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("lazymem: note: `lazymem extract` will not give the source back byte for byte")
+    assert err.count("\n") == 1
+    assert run(["build", "--quiet", str(path), str(tmp_path / "x.lzm")]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "added"),
+    [
+        ("cut.lzm", slice(0, 3), b""),
+        ("empty.LZM", slice(0, 0), b""),
+        ("half.bin", slice(0, 100), b""),  # its head is whole
+        ("junk-before.bin", slice(0, None), b"junk"),  # its tail is whole
+        ("both-ends.lzm", slice(4, -200), b"XXXX"),
+    ],
+)
+def test_damaged_snapshot_is_never_raw_bytes(
+    built: Path, tmp_path: Path, name: str, cut: slice, added: bytes, capsys: Capture
+) -> None:
+    path, out = str(tmp_path / name), str(tmp_path / "out")
+    Path(path).write_bytes(added + built.read_bytes()[cut])
+    for verb in (
+        ["ls", path],
+        ["info", path],
+        ["cat", path, "data"],
+        ["extract", path, out],
+        ["build", path, out],
+        ["verify", path],
+    ):
+        assert run(verb) == 3, verb
+        shown, err = capsys.readouterr()
+        assert shown == ""
+        assert "damaged" in err
+    assert not os.path.exists(out)
+    with pytest.raises(lazymem.FormatError, match=name):
+        lazymem.open(path)
+    assert lazymem.open(path, as_format="raw")["data"].nbytes == os.path.getsize(path)
+
+
+def test_snapshot_with_a_damaged_head_opens_and_verify_names_it(
+    built: Path, model: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    path, out = tmp_path / "x.bin", tmp_path / "out.safetensors"
+    path.write_bytes(b"XXXX" + built.read_bytes()[4:])
+    assert list(lazymem.open(path)) == ["w", "b"]
+    assert run(["extract", str(path), str(out)]) == 0
+    assert out.read_bytes() == model.read_bytes()
+    assert run(["verify", str(path)]) == 1
+    assert "head magic" in capsys.readouterr().out
 
 
 def test_build_several_sources_into_one(model: Path, tmp_path: Path) -> None:
@@ -187,8 +252,11 @@ def test_ls_and_info_read_every_container(tmp_path: Path, model: Path, kind: str
     assert info["array_bytes"] == sum(entry["nbytes"] for entry in arrays)
     assert info["chunks"] is None
     assert run(["info", str(path)]) == 0
-    assert f"{info['format']}, read in place" in capsys.readouterr().out
-    if kind == "npz-compressed":
+    compressed = kind == "npz-compressed"
+    how = "1 array compressed: `lazymem build` it first" if compressed else "read in place"
+    assert f"{info['format']}, {how}" in capsys.readouterr().out
+    assert info["compressed_arrays"] == compressed
+    if compressed:
         assert arrays[0]["compression"] == "deflate"
         assert arrays[0]["stored_bytes"] < arrays[0]["nbytes"] == 8000
 
@@ -384,7 +452,7 @@ def test_help_of_every_verb_has_examples(verb: str, capsys: Capture) -> None:
 def test_help_lists_verbs_and_exit_codes(capsys: Capture) -> None:
     assert run(["--help"]) == 0
     out = capsys.readouterr().out
-    for code in ("0 ", "1 ", "2 ", "3 ", "130", "141"):
+    for code in ("0 ", "1 ", "2 ", "3 ", "70 ", "130", "141"):
         assert f"\n    {code}" in out
     for verb in ("build", "ls", "info", "verify", "extract", "cat", "doctor", "demo"):
         assert f"\n  {verb}" in out

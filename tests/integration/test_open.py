@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import shutil
 import signal
 from pathlib import Path
@@ -275,6 +277,9 @@ def test_missing_array_is_named_with_a_hint(snapshot_path: Path) -> None:
         ({"backend": "magic"}, OptionError),
         ({"install": "push"}, OptionError),
         ({"threads": 0}, OptionError),
+        ({"threads": "2"}, OptionError),
+        ({"chunk_size": "2M"}, OptionError),
+        ({"readahead": 1.5}, OptionError),
         ({"readahead": -1}, OptionError),
         ({"backend": "map"}, BackendUnavailable),
     ],
@@ -291,6 +296,23 @@ def test_environment_chooses_the_backend(snapshot_path: Path, monkeypatch: pytes
     monkeypatch.setenv("LAZYMEM_THREADS", "many")
     with pytest.raises(OptionError, match="LAZYMEM_THREADS"):
         lazymem.open(snapshot_path)
+
+
+def test_names_are_strings(snapshot_path: Path) -> None:
+    with lazymem.open(snapshot_path) as snap:
+        for wrong in (0, slice(3), ["ids"], None, b"ids"):
+            with pytest.raises(ArrayNotFound, match="found by name, a string"):
+                snap[wrong]  # type: ignore[index]
+        assert snap.get(0) is None  # type: ignore[call-overload]
+        assert 0 not in snap  # type: ignore[comparison-overlap]
+
+
+def test_snapshot_says_how_it_gets_into_another_process(snapshot_path: Path) -> None:
+    with lazymem.open(snapshot_path) as snap:
+        for move in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match=r"lazymem\.open\(") as caught:
+                move(snap)
+            assert str(snapshot_path) in str(caught.value)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

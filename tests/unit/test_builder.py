@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lazymem.errors import (
     SnapshotNotFound,
     UnsupportedDtype,
 )
+from lazymem.extractor import extract
 from lazymem.format import structs
 from lazymem.format.reader import SnapshotReader
 from lazymem.store.local import AtomicFile, LocalBlob
@@ -238,11 +240,128 @@ def test_build_without_overwrite_keeps_what_is_there(tmp_path: Path) -> None:
     assert path.read_bytes() == b"precious"
 
 
+def test_build_replaces_only_snapshots_unless_told(tmp_path: Path) -> None:
+    path, precious = tmp_path / "a.lzm", tmp_path / "thesis.lzm"
+    path.touch()
+    build({"x": np.arange(3)}, path)  # in place of an empty file
+    build({"x": np.arange(4)}, path)  # in place of a snapshot
+    with open(path, "r+b") as file:
+        file.write(b"damaged")
+    build({"x": np.arange(5)}, path)  # in place of what its tail still calls a snapshot
+    assert arrays_of(path)["x"].tolist() == [0, 1, 2, 3, 4]
+    precious.write_bytes(b"precious")
+    with pytest.raises(BuildError, match="overwrite=True"):
+        build({"x": np.arange(3)}, precious)
+    assert precious.read_bytes() == b"precious"
+    build({"x": np.arange(3)}, precious, overwrite=True)
+    assert arrays_of(precious)["x"].tolist() == [0, 1, 2]
+
+
+def test_build_does_not_replace_what_appeared_while_it_ran(tmp_path: Path) -> None:
+    path = tmp_path / "a.lzm"
+
+    def appear(done: int, total: int | None) -> None:
+        path.write_bytes(b"theirs")
+
+    with pytest.raises(BuildError, match="is not a snapshot"):
+        build({"x": np.arange(3)}, path, progress=appear)
+    assert path.read_bytes() == b"theirs"
+
+
+def test_build_keeps_links_and_modes(tmp_path: Path) -> None:
+    path, link = tmp_path / "a.lzm", tmp_path / "link.lzm"
+    build({"x": np.arange(3)}, path)
+    path.chmod(0o600)
+    link.symlink_to(path)
+    build({"x": np.arange(4)}, link)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert len(arrays_of(path)["x"]) == 4
+
+
+def test_build_does_not_write_into_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for overwrite in (None, True, False):
+        with pytest.raises(BuildError, match=r"named pipe|exists"):
+            build({"x": np.arange(3)}, pipe, overwrite=overwrite)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_build_in_place_of_its_source_only_if_that_can_be_had_again(tmp_path: Path, exact: bool) -> None:
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=6 if exact else 1) as archive:
+        buffer = io.BytesIO()
+        np.save(buffer, RNG.standard_normal(10_000).round(2))
+        archive.writestr("a.npy", buffer.getvalue())
+    before = path.read_bytes()
+    with pytest.raises(BuildError, match="overwrite=True"):
+        build(path, path)
+    (tmp_path / "link").symlink_to(path)
+    if exact:
+        report = build(path, tmp_path / "link", overwrite=True)
+        assert (report.exact, report.reason) == (True, None)
+        extract(path, tmp_path / "again.npz")
+        assert (tmp_path / "again.npz").read_bytes() == before
+        return
+    for target in (path, tmp_path / "link"):
+        with pytest.raises(BuildError, match="is the source"):
+            build(path, target, overwrite=True)
+    assert path.read_bytes() == before
+    report = build(path, tmp_path / "a.lzm")
+    assert not report.exact
+    assert "'a'" in (report.reason or "")
+
+
+def test_report_of_what_was_in_no_file_is_exact(tmp_path: Path) -> None:
+    report = build({"x": np.arange(3)}, tmp_path / "a.lzm")
+    assert (report.exact, report.reason) == (True, None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"level": 3.5},
+        {"level": True},
+        {"threads": "x"},
+        {"threads": 1.0},
+        {"planes": "x"},
+        {"planes": 1},
+        {"chunk_size": "2M"},
+        {"chunk_size": np.arange(2)},
+        {"codec": 3},
+    ],
+)
+def test_build_options_of_wrong_types_are_named(tmp_path: Path, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(OptionError, match=f"{name} is "):
+        build({"x": np.arange(3)}, tmp_path / "a.lzm", **options)
+    numbers: dict[str, Any] = {"level": np.int64(3), "threads": np.uint8(1)}
+    build({"x": np.arange(3)}, tmp_path / "a.lzm", **numbers)
+
+
+def test_build_to_or_with_standard_streams_says_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.arange(3))
+    with pytest.raises(OptionError, match="always a file"):
+        build("x.npy", "-")
+    with pytest.raises(OptionError, match="build it alone"):
+        build(["x.npy", "-"], "a.lzm")
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(BuildError, match="input is closed"):
+        build("-", "a.lzm")
+    assert os.listdir() == ["x.npy"]
+
+
 def test_build_says_what_is_wrong_with_the_destination(tmp_path: Path) -> None:
     for destination, words in (
         (tmp_path / "missing" / "a.lzm", "does not exist"),
         (tmp_path, "is a directory"),
         ("s3://bucket/a.lzm", "URL"),
+        ("", "path is empty"),
     ):
         with pytest.raises(BuildError, match=words):
             build({"x": np.arange(3)}, destination)
@@ -420,6 +539,17 @@ def test_verify_of_another_format_says_what_to_do(tmp_path: Path) -> None:
     for name in ("x.npy", "empty"):
         with pytest.raises(FormatError, match="lazymem build"):
             verify(tmp_path / name)
+
+
+def test_verify_of_a_folder_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="one file is verified at a time"):
+        verify(tmp_path)
+
+
+@pytest.mark.parametrize("threads", ["x", 0, 2.0])
+def test_verify_with_impossible_threads_is_refused(snapshot: Path, threads: Any) -> None:
+    with pytest.raises(OptionError, match="threads is"):
+        verify(snapshot, threads=threads)
 
 
 def test_verify_of_a_truncated_snapshot_is_a_format_error(snapshot: Path) -> None:

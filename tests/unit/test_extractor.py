@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors import deserialize as untyped_deserialize
 from safetensors.numpy import load_file, save_file
 
+import lazymem
 from lazymem.builder import build
 from lazymem.errors import (
     ArrayNotFound,
@@ -379,6 +380,59 @@ def test_extract_bad_arguments_are_named(arrays: str) -> None:
     Path("plain").touch()
     with pytest.raises(BuildError, match="not a folder"):
         extract(arrays, "plain", format="npy")
+
+
+@pytest.mark.parametrize("name", ["memory.img", "sparse.img", "empty.img", "x.npy", "x.npz", "x.safetensors"])
+def test_cat_reads_containers_in_place(folder: Path, name: str) -> None:
+    MAKERS[name](folder / name)
+    snap = lazymem.open(name)
+    for array in snap:
+        out = io.BytesIO()
+        assert cat(name, array, out) == snap.info(array).nbytes
+        assert out.getvalue() == snap[array].tobytes("A")
+    with pytest.raises(ArrayNotFound, match="'nope'"):
+        cat(name, "nope", io.BytesIO())
+
+
+def test_cat_of_a_compressed_array_says_to_build(folder: Path) -> None:
+    make_deflated(folder / "deflated.npz")
+    with pytest.raises(UnsupportedFormat, match=r"'a' is compressed .*lazymem build"):
+        cat("deflated.npz", "a", io.BytesIO())
+
+
+def test_extract_refuses_pipes_and_standard_output(arrays: str) -> None:
+    os.mkfifo("pipe")
+    with pytest.raises(BuildError, match="is a named pipe"):
+        extract(arrays, "pipe", overwrite=True)
+    assert Path("pipe").is_fifo()
+    with pytest.raises(OptionError, match="lazymem cat"):
+        extract(arrays, "-")
+    assert not os.path.lexists("-")
+
+
+def test_extract_follows_a_link_that_the_user_named(arrays: str) -> None:
+    Path("real").write_bytes(b"old")
+    os.symlink("real", "link")
+    extract(arrays, "link", overwrite=True)
+    assert os.path.islink("link")
+    assert zipfile.is_zipfile("real")
+
+
+def test_extract_into_a_folder_follows_no_link(arrays: str) -> None:
+    os.makedirs("out")
+    Path("theirs").write_bytes(b"theirs")
+    os.symlink("../theirs", "out/w.npy")
+    with pytest.raises(BuildError, match="is a link"):
+        extract(arrays, "out", format="npy", overwrite=True)
+    assert Path("theirs").read_bytes() == b"theirs"
+    assert os.listdir("out") == ["w.npy"]
+
+
+def test_extract_of_what_is_no_snapshot_says_so(folder: Path) -> None:
+    make_npy(folder / "x.npy")
+    for source, says in (("x.npy", "is not a snapshot"), (".", "is a folder")):
+        with pytest.raises(FormatError, match=says):
+            extract(source, "out")
 
 
 def test_cat_writes_the_bytes_as_they_lie(arrays: str) -> None:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,11 @@ def test_blob_of_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> N
     assert open_descriptors() == before
 
 
+def test_blob_of_an_empty_path_says_that_it_is_empty() -> None:
+    with pytest.raises(SnapshotNotFound, match="path is empty"):
+        LocalBlob("")
+
+
 @pytest.mark.parametrize("name", ["absent", "file.txt/below", "nul\0"])
 def test_blob_of_nothing_is_not_found(tmp_path: Path, name: str) -> None:
     (tmp_path / "file.txt").touch()
@@ -171,6 +178,92 @@ def test_atomic_file_obeys_the_umask(tmp_path: Path, way: str) -> None:
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_atomic_file_keeps_the_mode_of_what_it_replaces(tmp_path: Path, way: str, mode: int) -> None:
+    target = tmp_path / "out"
+    target.touch()
+    target.chmod(mode)
+    with AtomicFile(target) as out:
+        out.file.write(b"new")
+        # Under its temporary name too, nobody may read it who could not read the old one.
+        assert all(stat.S_IMODE(path.stat().st_mode) == mode for path in tmp_path.iterdir())
+    assert stat.S_IMODE(target.stat().st_mode) == mode
+    assert target.read_bytes() == b"new"
+
+
+def make_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+def make_device(path: Path) -> None:
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root makes device nodes")
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+@pytest.mark.parametrize("make", [make_fifo, make_socket, make_device])
+def test_atomic_file_refuses_what_is_no_regular_file(
+    tmp_path: Path, make: Callable[[Path], None], through_a_link: bool
+) -> None:
+    node = tmp_path / "node"
+    make(node)
+    kind = stat.S_IFMT(node.stat().st_mode)
+    target = node
+    if through_a_link:
+        target = tmp_path / "link"
+        target.symlink_to(node)
+    before, names = open_descriptors(), sorted(os.listdir(tmp_path))
+    with pytest.raises(BuildError, match="name a regular file"):
+        AtomicFile(target)
+    assert stat.S_IFMT(node.stat().st_mode) == kind
+    assert open_descriptors() == before
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+def test_atomic_file_refuses_a_pipe_that_appeared_meanwhile(tmp_path: Path, way: str) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(BuildError, match="is a named pipe"), AtomicFile(target):
+        os.mkfifo(target)
+    assert stat.S_ISFIFO(target.stat().st_mode)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_atomic_file_through_a_link_replaces_what_it_leads_to(tmp_path: Path, way: str, exists: bool) -> None:
+    (tmp_path / "far").mkdir()
+    target, link, second = tmp_path / "far" / "out", tmp_path / "link", tmp_path / "second"
+    if exists:
+        target.write_bytes(b"old")
+    second.symlink_to("far/out")
+    link.symlink_to(second)
+    with AtomicFile(link) as out:
+        out.file.write(b"new")
+    assert target.read_bytes() == b"new"
+    assert (link.is_symlink(), second.is_symlink(), target.is_symlink()) == (True, True, False)
+    assert sorted(os.listdir(tmp_path)) == ["far", "link", "second"]
+    assert os.listdir(tmp_path / "far") == ["out"]
+
+
+def test_atomic_file_refuses_a_link_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(BuildError, match="leads back to itself"):
+        AtomicFile(tmp_path / "loop")
+    assert (tmp_path / "loop").is_symlink()
+
+
+@pytest.mark.parametrize(("path", "says"), [("", "path is empty"), ("nul\0", "is not a path")])
+def test_atomic_file_of_no_path_says_so(path: str, says: str) -> None:
+    with pytest.raises(BuildError, match=says):
+        AtomicFile(path)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
