@@ -138,7 +138,7 @@ static int grow_scratch(lm_decoder *decoder, size_t length)
 
     if (decoder->scratch_length >= length)
         return 0;
-    error = lm_sys_alloc(length, &memory);
+    error = lm_sys_alloc_buffer(length, &memory);
     if (error < 0)
         return error;
     lm_sys_free(decoder->scratch, decoder->scratch_length);

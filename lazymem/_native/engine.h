@@ -75,8 +75,8 @@ struct lm_worker {
     pthread_t thread;
     bool running; /* under lifecycle */
     lm_decoder *decoder;
-    unsigned char *stored, *plain, *huge;
-    size_t stored_length, plain_length, huge_length;
+    unsigned char *stored, *plain; /* as read; as the region will show it */
+    size_t stored_length, plain_length;
 };
 
 struct lm_uffd {

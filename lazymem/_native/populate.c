@@ -31,43 +31,23 @@ void lm_worker_destroy(struct lm_worker *worker)
     lm_decoder_free(worker->decoder);
     lm_sys_free(worker->stored, worker->stored_length);
     lm_sys_free(worker->plain, worker->plain_length);
-    lm_sys_free(worker->huge, worker->huge_length);
     memset(worker, 0, sizeof *worker);
 }
 
-static int grow(unsigned char **memory, size_t *length, size_t wanted, size_t alignment)
+static int grow(unsigned char **memory, size_t *length, size_t wanted)
 {
     void *made;
     int error;
 
     if (*length >= wanted)
         return 0;
-    error = alignment == 0 ? lm_sys_alloc(wanted, &made)
-                           : lm_sys_reserve(wanted, alignment, &made);
+    error = lm_sys_alloc_buffer(wanted, &made);
     if (error < 0)
         return error;
-    if (alignment != 0)
-        error = lm_sys_protect(made, wanted, PROT_READ | PROT_WRITE);
-    if (error < 0) {
-        lm_sys_free(made, wanted);
-        return error;
-    }
     lm_sys_free(*memory, *length);
     *memory = made;
     *length = wanted;
     return 0;
-}
-
-static int grow_huge(struct lm_worker *worker, size_t wanted)
-{
-    int error;
-
-    if (worker->huge_length >= wanted)
-        return 0;
-    error = grow(&worker->huge, &worker->huge_length, wanted, LM_HUGE_PAGE);
-    if (error == 0)
-        (void)lm_sys_advise(worker->huge, wanted, MADV_HUGEPAGE); /* slower without, not wrong */
-    return error;
 }
 
 static void add(_Atomic uint64_t *counter, uint64_t amount)
@@ -119,7 +99,7 @@ static int produce(struct lm_worker *worker, struct lm_region *region, uint64_t 
     if (record->stored_length > raw_length)
         return LM_E_RECORD;
     if (record->codec != LM_CODEC_RAW || record->filter != LM_FILTER_NONE) {
-        error = grow(&worker->stored, &worker->stored_length, chunk_size, 0);
+        error = grow(&worker->stored, &worker->stored_length, chunk_size);
         stored = worker->stored;
     }
     if (error == 0)
@@ -242,37 +222,21 @@ static bool page_is_resident(const struct lm_task *task)
     return lm_sys_resident((void *)page, lm_sys_page_size(), &resident) == 0 && (resident & 1);
 }
 
-/* Where the chunk is decoded to. */
-static int prepare_target(struct lm_worker *worker, const struct lm_region *region, bool by_move,
-                          unsigned char *at, unsigned char **ret_target)
-{
-    size_t chunk_size = (size_t)1 << region->table.chunk_shift;
-    int error = 0;
-
-    if (region->backend == LM_BACKEND_EAGER) {
-        *ret_target = at;
-    } else if (by_move) {
-        error = grow_huge(worker, chunk_size);
-        *ret_target = worker->huge;
-    } else {
-        error = grow(&worker->plain, &worker->plain_length, chunk_size, 0);
-        *ret_target = worker->plain;
-    }
-    return error;
-}
-
 /* The chunk's bytes, ready to be installed, at *ret_bytes; NULL for zeros. */
-static int prepare(struct lm_worker *worker, const struct lm_task *task, bool by_move,
-                   unsigned char **ret_bytes)
+static int prepare(struct lm_worker *worker, const struct lm_task *task, unsigned char **ret_bytes)
 {
     struct lm_region *region = task->region;
-    unsigned char *at = region->base + (task->chunk << region->table.chunk_shift);
-    int error;
+    int error = 0;
 
     *ret_bytes = NULL;
     if (lm_table_record(&region->table, task->chunk) == NULL)
         return 0;
-    error = prepare_target(worker, region, by_move, at, ret_bytes);
+    if (region->backend == LM_BACKEND_EAGER) {
+        *ret_bytes = region->base + (task->chunk << region->table.chunk_shift);
+    } else {
+        error = grow(&worker->plain, &worker->plain_length, (size_t)1 << region->table.chunk_shift);
+        *ret_bytes = worker->plain;
+    }
     return error < 0 ? error : produce(worker, region, task->chunk, *ret_bytes);
 }
 
@@ -298,7 +262,7 @@ static int recheck(struct lm_worker *worker, const struct lm_task *task)
 
     if ((lm_table_state(&region->table, task->chunk) & LM_TABLE_STATE) == LM_STATE_PRESENT &&
         !page_is_resident(task)) {
-        error = prepare(worker, task, false, &bytes);
+        error = prepare(worker, task, &bytes);
         if (error == 0)
             error = install_any(region, at, bytes, false);
         if (error < 0 && lm_table_condemn(&region->table, task->chunk)) {
@@ -323,7 +287,7 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
 
     if (task->kind == LM_TASK_RECHECK)
         return recheck(worker, task);
-    error = prepare(worker, task, by_move, &bytes);
+    error = prepare(worker, task, &bytes);
     time = lm_sys_now_ns();
     if (error == 0)
         error = install_any(region, at, bytes, by_move);

@@ -128,6 +128,26 @@ int lm_sys_reserve(size_t length, size_t alignment, void **ret_memory)
     return 0;
 }
 
+int lm_sys_alloc_buffer(size_t length, void **ret_memory)
+{
+    void *memory;
+    int error;
+
+    if (length < LM_HUGE_PAGE)
+        return lm_sys_alloc(length, ret_memory);
+    error = lm_sys_reserve(length, LM_HUGE_PAGE, &memory);
+    if (error < 0)
+        return error;
+    error = lm_sys_protect(memory, length, PROT_READ | PROT_WRITE);
+    if (error < 0) {
+        lm_sys_free(memory, length);
+        return error;
+    }
+    (void)lm_sys_advise(memory, length, MADV_HUGEPAGE); /* slower without, not wrong */
+    *ret_memory = memory;
+    return 0;
+}
+
 int lm_sys_map_fixed(void *address, size_t length, int prot, int flags, int fd, uint64_t offset)
 {
     void *memory = mmap(address, length, prot, flags | MAP_FIXED, fd, (off_t)offset);

@@ -31,6 +31,9 @@ void lm_sys_free(void *memory, size_t length);
  * locked: under mlockall(MCL_FUTURE) accessible memory is filled with zeros before anybody can register
  * it. Register first, then lm_sys_protect. */
 int lm_sys_reserve(size_t length, size_t alignment, void **ret_memory);
+/* Memory like lm_sys_alloc's that is written through again and again: huge pages where it is long enough,
+ * so that the first use of a worker costs a few page faults and not thousands. */
+int lm_sys_alloc_buffer(size_t length, void **ret_memory);
 int lm_sys_map_fixed(void *address, size_t length, int prot, int flags, int fd, uint64_t offset);
 int lm_sys_protect(void *address, size_t length, int prot);
 int lm_sys_advise(void *address, size_t length, int advice);
