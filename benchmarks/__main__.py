@@ -104,7 +104,8 @@ def main(
             report.write_plot(out / f"{name}.png", question, answers[name])
             head["seconds"] = time.monotonic() - started
             report.write_json(out / "results.json", head, answers)
-    console.print(f"{time.monotonic() - started:.0f} s; results.json and plots in {out}")
+            report.write_markdown(out / "RESULTS.md", head, QUESTIONS, answers)
+    console.print(f"{time.monotonic() - started:.0f} s; RESULTS.md, results.json and plots in {out}")
     sys.exit(any(outcome.error for outcomes in answers.values() for outcome in outcomes))
 
 

@@ -87,26 +87,26 @@ def _cell(outcome: Outcome, column: Column) -> str:
     return "" if value is None else f"{value * column.scale:,.{column.digits}f}"
 
 
+def _headings(columns: Sequence[Column]) -> list[str]:
+    return ["case", "ms", "min", "max", *(column.title for column in columns)]
+
+
+def _row(columns: Sequence[Column], outcome: Outcome) -> list[str]:
+    if outcome.error is not None:
+        return [outcome.case.name, "failed"]
+    seconds = outcome.values("seconds")
+    times = (outcome.median("seconds") or 0.0, min(seconds), max(seconds))
+    cells = (_cell(outcome, column) for column in columns)
+    return [outcome.case.name, *(f"{1e3 * value:.2f}" for value in times), *cells]
+
+
 def table(title: str, columns: Sequence[Column], outcomes: Sequence[Outcome]) -> Table:
     result = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
-    result.add_column("case", no_wrap=True)
-    for name in ("ms", "min", "max", *(column.title for column in columns)):
-        result.add_column(name, justify="right", no_wrap=True)
+    for number, heading in enumerate(_headings(columns)):
+        result.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for outcome in outcomes:
-        style = _STYLES[outcome.case.kind]
-        if outcome.error is not None:
-            result.add_row(outcome.case.name, "failed", style="red")
-            continue
-        seconds = outcome.values("seconds")
-        result.add_row(
-            outcome.case.name,
-            *(
-                f"{1e3 * value:.2f}"
-                for value in (outcome.median("seconds") or 0.0, min(seconds), max(seconds))
-            ),
-            *(_cell(outcome, column) for column in columns),
-            style=style,
-        )
+        style = "red" if outcome.error is not None else _STYLES[outcome.case.kind]
+        result.add_row(*_row(columns, outcome), style=style)
     return result
 
 
@@ -120,6 +120,36 @@ def show(console: Console, question: ModuleType, outcomes: Sequence[Outcome]) ->
 def write_json(path: Path, head: Mapping[str, Any], answers: Mapping[str, Sequence[Outcome]]) -> None:
     questions = {name: [outcome.as_json() for outcome in outcomes] for name, outcomes in answers.items()}
     path.write_text(json.dumps({"schema": SCHEMA, **head, "questions": questions}, indent=1) + "\n")
+
+
+def write_markdown(
+    path: Path,
+    head: Mapping[str, Any],
+    questions: Mapping[str, ModuleType],
+    answers: Mapping[str, Sequence[Outcome]],
+) -> None:
+    """All tables and plots of a run as one page, the machine first."""
+    machine, options = head["machine"], head["options"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    lines = [
+        "# Results",
+        "",
+        f"Commit {machine['commit']}; {options['size_mb']} MiB, {options['repeats']} repeats, "
+        f"{options['threads']} engine threads, {head['seconds']:.0f} s in all, load at start "
+        f"{machine['load_at_start'][0]:.1f}. {machine['cpu']}, {machine['cpus']} processors, "
+        f"{machine['memory_mib']:,} MiB{', virtual' if machine['hypervisor'] else ''}; Linux "
+        f"{machine['kernel']}, huge pages {machine['huge_pages']}; Python {machine['python']}, {packages}.",
+    ]
+    for name, outcomes in answers.items():
+        columns = questions[name].COLUMNS
+        headings = _headings(columns)
+        lines += ["", f"## {questions[name].TITLE}", "", f"![{name}]({name}.png)", ""]
+        lines += ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+        for outcome in outcomes:
+            row = _row(columns, outcome)
+            row[0] = f"**{row[0]}**" if outcome.case.kind == "lazymem" else row[0]
+            lines.append("| " + " | ".join(row + [""] * (len(headings) - len(row))) + " |")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_plot(path: Path, question: ModuleType, outcomes: Sequence[Outcome]) -> None:

@@ -88,6 +88,13 @@ def test_question_has_a_plot(folder: Path, question: str) -> None:
     assert (folder / f"{question}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_page_of_results_has_every_candidate(folder: Path, results: dict[str, Any]) -> None:
+    page = (folder / "RESULTS.md").read_text()
+    for cases in results["questions"].values():
+        for case in cases:
+            assert f"| {case['name']} |" in page or f"| **{case['name']}** |" in page
+
+
 def test_program_fails_when_a_candidate_gives_wrong_bytes() -> None:
     def wrong(meter: Any) -> Any:
         with meter:
