@@ -49,3 +49,13 @@ def huge_path(tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, NDArra
     path = tmp_path_factory.mktemp("snapshots") / "huge-chunks.lzm"
     lazymem.build(arrays, path, codec="lz4")
     return path
+
+
+@pytest.fixture(scope="session")
+def long_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A thousand chunks, which take a while to populate; the last element of "big" is 7."""
+    path = tmp_path_factory.mktemp("snapshots") / "long.lzm"
+    big = np.random.default_rng(4).standard_normal(16_000_000).astype(np.float32)
+    big[-1] = 7
+    lazymem.build({"big": big, "small": np.arange(9)}, path, chunk_size=CHUNK)
+    return path
