@@ -580,7 +580,6 @@ static int open_way(struct lm_uffd *uffd, int way)
     if (error < 0)
         return error;
     uffd->fd = fd;
-    uffd->way = way;
     uffd->can = probed[way];
     return 0;
 }

@@ -81,7 +81,6 @@ struct lm_worker {
 
 struct lm_uffd {
     int fd; /* -1: not open */
-    int way;
     unsigned can; /* LM_CAN_* */
     pthread_t keeper;
     bool kept; /* the keeper runs */

@@ -20,8 +20,7 @@ static const char *cause(int code, char *buffer, size_t length)
     case LM_E_RECORD: return "the chunk's record is not valid";
     case LM_E_CODEC: return "the decoder for this chunk is not installed";
     default:
-        /* strerror_r: no translation catalogue, hence no allocation, in the "C" and "POSIX" forms of
-         * its common messages; the number stands beside it in any case. */
+        /* Not strerror: this one has no translation catalogue, hence no allocation. */
         snprintf(buffer, length, "errno %d (%s)", -code, strerrordesc_np(-code));
         return buffer;
     }
