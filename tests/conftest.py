@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots that many tests share, made once; and what says which ways in this machine has."""
+"""Snapshots that many tests share, made once; and the servers, which start when a test asks for one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 import lazymem
+
+from .servers import install
+
+if TYPE_CHECKING:
+    from .servers.nginx import Nginx
+    from .servers.proxy import HostileProxy
+    from .servers.radosgw import RadosGateway
+    from .servers.s3 import Bucket
 
 CHUNK = 64 * 1024
 
@@ -59,3 +69,49 @@ def long_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     big[-1] = 7
     lazymem.build({"big": big, "small": np.arange(9)}, path, chunk_size=CHUNK)
     return path
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Install servers before the first test: a download is not to run against a test's timeout."""
+    if not session.config.option.collectonly:
+        used = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+        install.install([need for name, need in install.OF_FIXTURE.items() if name in used])
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RadosGateway]:
+    """A real S3 server, shared by all tests of the session."""
+    from .servers.radosgw import RadosGateway
+
+    install.demand(install.RADOSGW)
+    with RadosGateway(tmp_path_factory.mktemp("radosgw")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: RadosGateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """A fresh bucket, and an environment in which AWS's clients find it."""
+    from .servers.s3 import Bucket
+
+    bucket = Bucket(s3_server.endpoint, s3_server.credentials, monkeypatch)
+    yield bucket
+    bucket.close()
+
+
+@pytest.fixture
+def proxy(s3_server: RadosGateway) -> Iterator[HostileProxy]:
+    """A network between the tests and the server that misbehaves as it is told; see `Bucket.through`."""
+    from .servers.proxy import HostileProxy
+
+    with HostileProxy(("127.0.0.1", s3_server.port)) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
+    """A plain web server over a directory, by http and https."""
+    from .servers.nginx import Nginx
+
+    install.demand(install.NGINX)
+    with Nginx(tmp_path_factory.mktemp("nginx")) as server:
+        yield server

@@ -124,6 +124,10 @@ class LocalBlob:
             position += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """As `read`; for callers that do not know what kind of blob they have."""
+        out[:] = self.read(offset, len(out))
+
     def _raise_short(self, position: int, end: int) -> None:
         if self.has_changed():
             raise SnapshotChanged(
@@ -155,7 +159,8 @@ class LocalBlob:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        with contextlib.suppress(OSError):  # the application has closed all descriptors
+            self.close()
 
     def __repr__(self) -> str:
         return f"LocalBlob({self._url!r})"
