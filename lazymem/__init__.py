@@ -8,6 +8,7 @@
 
 from .builder import BuildReport, build
 from .catalog import ArrayInfo
+from .copier import CopyReport, copy
 from .errors import (
     AccessDenied,
     ArrayNotFound,
@@ -27,17 +28,19 @@ from .errors import (
 )
 from .extractor import extract
 from .region import Stats
-from .snapshot import Snapshot, open, open_array
+from .snapshot import ArrayHandle, Snapshot, open, open_array
 from .verifier import VerifyReport, verify
 
 __all__ = [
     "AccessDenied",
+    "ArrayHandle",
     "ArrayInfo",
     "ArrayNotFound",
     "BackendUnavailable",
     "BuildError",
     "BuildReport",
     "ChunkCorrupt",
+    "CopyReport",
     "FormatError",
     "LazymemError",
     "OptionError",
@@ -52,6 +55,7 @@ __all__ = [
     "UnsupportedFormat",
     "VerifyReport",
     "build",
+    "copy",
     "extract",
     "open",
     "open_array",

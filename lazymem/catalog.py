@@ -86,7 +86,8 @@ class Catalog(Protocol):
 
     def tables(self) -> ArrayTables: ...
 
-    def layout(self, fds: Sequence[int]) -> Layout: ...
+    def layout(self, fds: Sequence[int]) -> Layout:
+        """fds: a descriptor for each source, -1 for one that is not a local file."""
 
 
 def _one_table(rows: NDArray[np.void], name_bytes: bytes) -> ArrayTables:
@@ -149,7 +150,10 @@ class IndexCatalog:
         """Runs of the file that can be mapped: all chunks as they are, on page boundaries."""
         index, records = self._index, self._index.records
         size, page = index.chunk_size, mmap.PAGESIZE
-        if ((records["codec"] != 0) | (records["filter"] != 0) | (records["offset"] % page != 0)).any():
+        if (
+            fd < 0
+            or ((records["codec"] != 0) | (records["filter"] != 0) | (records["offset"] % page != 0)).any()
+        ):
             return None
         pieces = []
         for first_chunk, count, first_record in index.runs.tolist():
@@ -231,11 +235,13 @@ class DirectoryCatalog:
         table = np.concatenate(records) if records else np.zeros(0, structs.CHUNK.dtype)
         runs = np.zeros(1 if len(table) else 0, structs.RUN.dtype)
         runs["count"] = len(table)
-        pieces = tuple(
-            MapPiece(base, 0, blob.size, fd)
-            for base, blob, fd in zip(self._bases, self._directory.files, fds, strict=True)
-            if blob.size
-        )
+        pieces = None
+        if min(fds, default=0) >= 0:
+            pieces = tuple(
+                MapPiece(base, 0, blob.size, fd)
+                for base, blob, fd in zip(self._bases, self._directory.files, fds, strict=True)
+                if blob.size
+            )
         return Layout(self._content_size, self._chunk_size, runs, table, pieces)
 
     def _records(self, source: int, size: int) -> NDArray[np.void]:

@@ -18,6 +18,7 @@ import pwd
 import resource
 import shlex
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ from typing import Final
 
 from . import _native
 from ._native import WayReport
-from .errors import OptionError
-from .options import OpenOptions, cpu_count
+from .errors import LazymemError, OptionError
+from .fetcher.client import fetcher_status
+from .options import OpenOptions, StoreOptions, cpu_count
 
 _DEVICE: Final = "/dev/userfaultfd"
 _NOBODY: Final = 65534
@@ -40,7 +42,7 @@ _WAY_NAMES: Final = {
     "syscall": "userfaultfd(2)",
     "user-only": "userfaultfd(2), user mode only",
 }
-_PACKAGES: Final = ("numpy", "ml_dtypes", "cffi", "zstandard", "lz4", "xxhash", "click", "rich")
+_PACKAGES: Final = ("numpy", "ml_dtypes", "cffi", "zstandard", "lz4", "xxhash", "boto3", "click", "rich")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class Report:
     cannot: tuple[str, ...]
     codecs: tuple[Codec, ...]
     limits: tuple[Fact, ...]
+    stores: tuple[Fact, ...]
     notes: tuple[str, ...]
 
 
@@ -139,6 +142,7 @@ def examine() -> Report:
         cannot=_cannot(backend, operations),
         codecs=tuple(Codec(name, source or None) for name, source in _native.CODEC_SOURCES.items()),
         limits=_limits(),
+        stores=_stores(),
         notes=_notes(),
     )
 
@@ -187,6 +191,25 @@ def _versions() -> tuple[tuple[str, str], ...]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append((package, importlib.metadata.version(package)))
     return tuple(found)
+
+
+def _stores() -> tuple[Fact, ...]:
+    """What URLs need: the fetcher, tried, and the clients that it may use."""
+    started = time.monotonic()
+    try:
+        fetcher_status()
+        fetcher = Fact("fetcher", f"starts, in {1000 * (time.monotonic() - started):.0f} ms")
+    except LazymemError as error:
+        fetcher = Fact("fetcher", "does not start", f"{error}; s3:// and http(s):// need it")
+    clouds = Fact("gs://, az://", "not to be had", "pip install 'lazymem[obstore]'")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        clouds = Fact("gs://, az://", f"obstore {importlib.metadata.version('obstore')}")
+    cache = StoreOptions.from_environment().cache
+    return (
+        fetcher,
+        clouds,
+        Fact("cache", cache or "off", "" if cache else "LAZYMEM_CACHE_DIR names a directory"),
+    )
 
 
 def _machine(place: _Place) -> tuple[Fact, ...]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`extract` and `cat`: a snapshot's bytes back as files of other formats, or as a stream.
 
-Holds one chunk at a time. Every file appears whole, checked and synced, or not at all; a name from
-the snapshot becomes a path only after `unsafe_name` has passed it.
+Holds one chunk at a time, and of a remote snapshot what is read ahead. Every file appears whole, checked and
+synced, or not at all; a name from the snapshot becomes a path only after `unsafe_name` has passed it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -22,13 +22,18 @@ import numpy as np
 
 from .containers import npy, safetensors
 from .containers.base import Directory, unsupported
-from .containers.detect import open_container
 from .errors import ArrayNotFound, BuildError, FormatError, OptionError, UnsupportedDtype, UnsupportedFormat
 from .format.origin import DeflatedMember, Origin, OriginFile, unsafe_name
 from .format.reader import SnapshotReader, open_snapshot
+from .opener import LocationOpener, location_of
+from .options import StoreOptions
+from .recognizer import recognize
+from .store import locations
+from .store.ahead import AheadBlob
 from .store.local import AtomicFile
 
 StrPath = str | os.PathLike[str]
+Cache = str | os.PathLike[str] | bool | None
 Progress = Callable[[int, int | None], None]
 
 #: What `extract` can write besides the original container.
@@ -47,6 +52,8 @@ def extract(
     format: str | None = None,
     names: Sequence[str] | None = None,
     overwrite: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    cache: Cache = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Write the content of the snapshot `source` to `destination`; return the files written.
@@ -55,9 +62,11 @@ def extract(
         by their SHA-256; "npz" if it was built from arrays in memory or `names` are given. "npz";
         "npy": one array, or a folder with a file for each; "raw": the bytes of the one array
         named, or of the whole content; "safetensors".
-    names: the arrays to write; None writes all.
-    destination: a file, or, where several are written, a folder, made if need be. Where it is an
+    names: the arrays to write; None writes all. Of a remote snapshot only their chunks are fetched.
+    destination: a local file, or, where several are written, a folder, made if need be. Where it is an
         existing folder, a single file goes into it. overwrite: replace files that exist.
+    storage_options, cache: as for `open`, but cache=None is none, whatever the environment says: what is
+        read once would push out what is touched often.
     progress: called with (bytes done, bytes in all).
 
     .npy and .npz have no extension dtypes: bfloat16 arrives as "|V2", its bytes unchanged.
@@ -67,15 +76,23 @@ def extract(
     """
     if format is not None and format not in FORMATS:
         raise OptionError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}, or None")
-    target = os.fspath(destination)
+    target = location_of(destination, "the destination")
     if target == "-":
         raise OptionError("the destination is '-', but files appear whole; `lazymem cat` writes to a pipe")
-    path = os.fspath(source)
-    blob = open_snapshot(path)
+    if locations.scheme_of(target) is not None:
+        raise OptionError(
+            f"{locations.display(target)}: is a URL, but `extract` writes local files; "
+            "extract to a folder and `lazymem copy` the files there"
+        )
+    target = locations.local_path(target)
+    location = location_of(source)
+    opener = _opener(storage_options, cache)
+    blob = open_snapshot(location, opener)
     if blob is None:
-        what = "is a folder; name a snapshot in it" if os.path.isdir(path) else "is not a snapshot"
-        raise FormatError(f"{path}: {what}: only snapshots are extracted", url=path)
-    with blob:
+        what = "is a folder; name a snapshot in it" if opener.is_folder(location) else "is not a snapshot"
+        url = locations.display(location)
+        raise FormatError(f"{url}: {what}: only snapshots are extracted", url=url)
+    with contextlib.closing(blob):
         job = _Job(SnapshotReader(blob), overwrite, progress)
         try:
             if format is None and names is None and job.index.container is not None:
@@ -94,24 +111,38 @@ def extract(
     return job.written
 
 
-def cat(source: StrPath, name: str, out: BinaryIO) -> int:
+def cat(
+    source: StrPath,
+    name: str,
+    out: BinaryIO,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    cache: Cache = None,
+) -> int:
     """Write the bytes of one array, as they lie in memory, to `out`; return their number.
 
-    source: a snapshot, whose bytes are checked, or a container that can be read in place. Raises
-    `ArrayNotFound`, `UnsupportedFormat` (it is compressed), and what reading and writing raise.
+    source: the path or URL of a snapshot, whose bytes are checked, or of a container that can be read in
+    place. storage_options, cache: as for `extract`. Raises `ArrayNotFound`, `UnsupportedFormat` (it is
+    compressed), and what reading and writing raise.
     """
-    path = os.fspath(source)
-    blob = open_snapshot(path)
-    if blob is None:
-        with contextlib.closing(open_container(path)) as directory:
-            return _cat_in_place(path, directory, name, out)
-    with blob:
-        reader = SnapshotReader(blob)
+    location = location_of(source)
+    opener = _opener(storage_options, cache)
+    with contextlib.closing(recognize(location, opener)) as found:
+        if isinstance(found, Directory):
+            return _cat_in_place(locations.display(location), found, name, out)
+        reader = SnapshotReader(found)
         (row,) = _rows(reader, [name])
         offset, nbytes = reader.index.range_of(row)
-        for piece in reader.read_range(offset, nbytes):
-            out.write(piece)
-    return nbytes
+        with reader.ahead([(offset, nbytes)]):
+            for piece in reader.read_range(offset, nbytes):
+                out.write(piece)
+        return nbytes
+
+
+def _opener(storage_options: Mapping[str, Any] | None, cache: Cache) -> LocationOpener:
+    if cache is None and "cache" not in (storage_options or {}):
+        cache = False
+    return LocationOpener(StoreOptions.from_environment(storage_options, cache=cache))
 
 
 def _cat_in_place(url: str, directory: Directory, name: str, out: BinaryIO) -> int:
@@ -123,8 +154,11 @@ def _cat_in_place(url: str, directory: Directory, name: str, out: BinaryIO) -> i
             url, f"array {name!r}", f"is compressed ({entry.compression})", "`lazymem build` a snapshot of it"
         )
     blob = directory.files[entry.file]
-    for begin in range(0, entry.nbytes, _PIECE):
-        out.write(blob.read(entry.offset + begin, min(_PIECE, entry.nbytes - begin)))
+    with contextlib.ExitStack() as stack:
+        if blob.fileno() is None:
+            blob = stack.enter_context(AheadBlob(blob, [(entry.offset, entry.nbytes)]))
+        for begin in range(0, entry.nbytes, _PIECE):
+            out.write(blob.read(entry.offset + begin, min(_PIECE, entry.nbytes - begin)))
     return entry.nbytes
 
 
@@ -162,8 +196,12 @@ class _Job:
         self.total = sum(self.index.range_of(row)[1] for row in rows)
         return rows
 
+    def ahead(self, rows: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+        """Within the block, these arrays are read in this order."""
+        return self.reader.ahead(self.index.range_of(row) for row in rows)
+
     def default_name(self, suffix: str) -> str:
-        return Path(self.index.url).stem + suffix
+        return Path(locations.name_of(self.index.url)).stem + suffix
 
     def path(self, target: str, name: str) -> str:
         """`target`, or the file `name` in it if it is an existing folder."""
@@ -259,9 +297,10 @@ def _extract_file(job: _Job, number: int, file: OriginFile, path: str) -> None:
     # Both are sorted by where they go. A plain part is where it comes from and its length.
     plain = ((where, (offset, length)) for where, offset, length in zip(*columns, strict=True))
     members = sorted(((member.file_offset, member) for member in file.deflated), key=_first)
-    parts: Iterator[tuple[int, tuple[int, int] | DeflatedMember]] = heapq.merge(plain, members, key=_first)
+    parts: list[tuple[int, tuple[int, int] | DeflatedMember]]
+    parts = list(heapq.merge(plain, members, key=_first))
     digest = None if file.sha256 is None else hashlib.sha256()
-    with job.file(path) as out:
+    with job.file(path) as out, job.reader.ahead(_content_ranges(parts)):
         for _, part in parts:
             if isinstance(part, DeflatedMember):
                 _copy_deflated(job, file, part, out, digest)
@@ -269,6 +308,13 @@ def _extract_file(job: _Job, number: int, file: OriginFile, path: str) -> None:
                 _copy_plain(job, *part, out, digest)
         if digest is not None and digest.hexdigest() != file.sha256:
             raise _differs(job, file, "has another SHA-256 than the original")
+
+
+def _content_ranges(
+    parts: Iterable[tuple[int, tuple[int, int] | DeflatedMember]],
+) -> Iterator[tuple[int, int]]:
+    for _, part in parts:
+        yield from part.extents if isinstance(part, DeflatedMember) else (part,)
 
 
 def _first(part: tuple[int, Any]) -> int:
@@ -338,7 +384,8 @@ def _extract_raw(job: _Job, target: str, names: Sequence[str] | None) -> None:
     else:
         raise OptionError(f"format 'raw' writes one array or the whole content, not {len(names)} arrays")
     job.total = nbytes
-    with job.file(job.path(target, job.default_name(".bin"))) as out:
+    path = job.path(target, job.default_name(".bin"))
+    with job.file(path) as out, job.reader.ahead([(offset, nbytes)]):
         _copy_plain(job, offset, nbytes, out, None)
 
 
@@ -347,11 +394,12 @@ def _extract_npy(job: _Job, target: str, rows: list[int]) -> None:
     paths = [job.path(target, job.default_name(".npy"))]
     if len(rows) != 1:
         paths = [job.path_below(target, index.names[row] + ".npy") for row in rows]
-    for row, path in zip(rows, paths, strict=True):
-        header = _npy_header(job, row)
-        with job.file(path) as out:
-            out.write(header)
-            job.copy(*index.range_of(row), out.write)
+    with job.ahead(rows):
+        for row, path in zip(rows, paths, strict=True):
+            header = _npy_header(job, row)
+            with job.file(path) as out:
+                out.write(header)
+                job.copy(*index.range_of(row), out.write)
 
 
 def _npy_header(job: _Job, row: int) -> bytes:
@@ -378,6 +426,7 @@ def _extract_npz(job: _Job, target: str, rows: list[int]) -> None:
     with (
         job.file(job.path(target, job.default_name(".npz"))) as out,
         zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+        job.ahead(rows),
     ):
         for row, member, header in zip(rows, members, headers, strict=True):
             # A ZipInfo has a fixed time, so the same snapshot gives the same file.
@@ -412,7 +461,7 @@ def _extract_safetensors(job: _Job, target: str, rows: list[int]) -> None:
             for key, value in index.metadata.items()
         },
     )
-    with job.file(job.path(target, job.default_name(".safetensors"))) as out:
+    with job.file(job.path(target, job.default_name(".safetensors"))) as out, job.ahead(rows):
         out.write(header)
         for row in rows:
             job.copy(*index.range_of(row), out.write)

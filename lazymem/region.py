@@ -40,7 +40,8 @@ from .errors import (
     SnapshotChanged,
     SnapshotClosed,
 )
-from .options import OpenOptions
+from .fetcher.client import RemoteBlob, store_error
+from .options import DEFAULT_READAHEAD, MIB, OpenOptions, StoreOptions
 from .store.base import Blob
 
 logger = logging.getLogger("lazymem")
@@ -49,6 +50,19 @@ Span = tuple[int, int]  # first chunk, count
 
 #: How long one call into the core may wait: the time until Ctrl-C is noticed.
 _WAIT_MS: Final = 50
+
+#: Bytes to run ahead of a sequential scan of a remote object.
+_REMOTE_READAHEAD: Final = 32 * MIB
+
+#: Codes that come with a sentence of the store's, or of the fetcher's.
+_STORE_CODES: Final = (
+    _native.E_STORE,
+    _native.E_GONE,
+    _native.E_DENIED,
+    _native.E_CHANGED,
+    _native.E_OPTION,
+    _native.E_FETCHER,
+)
 
 _REFUSALS: Final = {
     -number
@@ -175,14 +189,14 @@ class Region:
 
     @classmethod
     def _open_map(cls, url: str, layout: Layout, options: OpenOptions) -> NativeRegion:
-        if layout.pieces is None:
+        pieces = () if layout.content_size == 0 else layout.pieces
+        if pieces is None:
             raise BackendUnavailable(
-                f"{url}: is compressed, and backend 'map' shows only plain bytes; use backend 'auto'"
+                f"{url}: is compressed or not a local file, and backend 'map' shows only plain bytes of "
+                "local files; use backend 'auto'"
             )
         try:
-            return NativeRegion.open_map(
-                max(layout.content_size, 1), layout.pieces, writable=options.mode == "c"
-            )
+            return NativeRegion.open_map(max(layout.content_size, 1), pieces, writable=options.mode == "c")
         except NativeError as error:
             raise _cannot_open(url, layout, error) from error
 
@@ -193,6 +207,8 @@ class Region:
     ) -> NativeRegion:  # fmt: skip
         wanted = ("uffd", "uffd-user", "eager") if options.backend == "auto" else (options.backend,)
         refusals: list[str] = []
+        remote = [blob for blob in blobs if isinstance(blob, RemoteBlob)]
+        store = remote[0].options if remote else StoreOptions()
         for backend in wanted:
             spec = RegionSpec(
                 url=url,
@@ -206,7 +222,11 @@ class Region:
                 install="auto" if backend == "eager" else options.install,
                 writable=options.mode == "c",
                 threads=options.threads or 0,
-                readahead=options.readahead,
+                readahead=_readahead(options, layout, is_remote=bool(remote)),
+                sources=[blob.source for blob in remote],
+                coalesce_gap=store.coalesce_gap,
+                coalesce_size=store.coalesce_size,
+                fetch_timeout_ms=int(store.timeout * 1000),
                 array_offsets=tables.offsets.tobytes(),
                 array_lengths=tables.lengths.tobytes(),
                 name_offsets=tables.name_offsets.tobytes() if len(tables.offsets) else b"",
@@ -356,6 +376,12 @@ class Region:
                 f"{self.url}: was changed while it was open, {where} cannot be read ({error}); open it again",
                 url=self.url,
             )
+        if error.code in _STORE_CODES:
+            said = str(error).removeprefix(f"{self.url}: ")
+            found = store_error(self.url, error.code, f"{self.url}: {where} cannot be read: {said}")
+            if isinstance(found, ReadError):
+                found.chunk, found.array = chunk, array
+            return found
         kinds: dict[int, type[ChunkCorrupt] | type[ReadError]] = {
             _native.E_CHECKSUM: ChunkCorrupt,
             _native.E_DECODE: ChunkCorrupt,
@@ -370,10 +396,16 @@ class Region:
 
 
 def _descriptor(blob: Blob) -> int:
+    """-1 for a blob that is not a local file."""
     fd = blob.fileno()
-    if fd is None:
-        raise ReadError(f"{blob.url}: is not a local file", url=blob.url)
-    return fd
+    return -1 if fd is None else fd
+
+
+def _readahead(options: OpenOptions, layout: Layout, *, is_remote: bool) -> int:
+    """Chunks: what was asked for; else, over a network, as many as keep several requests under way."""
+    if options.readahead is not None:
+        return options.readahead
+    return max(DEFAULT_READAHEAD, _REMOTE_READAHEAD // layout.chunk_size if is_remote else 0)
 
 
 def _cannot_open(url: str, layout: Layout | None, error: NativeError) -> LazymemError:

@@ -4,19 +4,25 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .catalog import ArrayInfo, Catalog, DirectoryCatalog, IndexCatalog
-from .containers.detect import open_container
-from .errors import ArrayNotFound, OptionError
-from .format.reader import load_index, open_snapshot
-from .options import OpenOptions
+from .containers.base import Directory
+from .errors import ArrayNotFound, OptionError, SnapshotChanged
+from .format.reader import load_index
+from .opener import LocationOpener, location_of
+from .options import OpenOptions, StoreOptions
+from .recognizer import recognize
 from .region import Region, Span, Stats
+from .store import locations
 from .store.base import Blob
 
 StrPath = str | os.PathLike[str]
@@ -31,9 +37,11 @@ class Snapshot(Mapping[str, NDArray[Any]]):
     """
 
     def __init__(
-        self, url: str, catalog: Catalog, region: Region, blobs: tuple[Blob, ...], digest: str | None
-    ) -> None:
+        self, url: str, catalog: Catalog, region: Region, blobs: tuple[Blob, ...], digest: str | None,
+        reference: Reference,
+    ) -> None:  # fmt: skip
         self._url = url
+        self._reference = reference
         self._catalog = catalog
         self._region = region
         self._blobs = blobs
@@ -43,7 +51,7 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
     @property
     def url(self) -> str:
-        """The path it was opened by."""
+        """The path or URL it was opened by; without what is secret in it."""
         return self._url
 
     @property
@@ -184,6 +192,11 @@ class Snapshot(Mapping[str, NDArray[Any]]):
         self._region.read_into(info.offset, data)
         return _shape(info, data)
 
+    def handle(self, name: str) -> ArrayHandle:
+        """A small picklable stand-in for an array, for workers in other processes. Raises `ArrayNotFound`."""
+        info = self.info(name)
+        return ArrayHandle(self._reference.check(), name, info.dtype, info.shape)
+
     # ---- look ----
 
     def stats(self) -> Stats:
@@ -203,11 +216,12 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
     # ---- lifetime ----
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a Snapshot cannot be pickled or copied; open it again in the other process: "
-            f"lazymem.open({self._url!r})"
-        )
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By reference: location, version and options, never data and never secrets; opened again there.
+
+        Changes made in mode "c" stay in this process.
+        """
+        return _reopen, (self._reference.check(),)
 
     def close(self) -> None:
         """Give memory and descriptors back. Idempotent; may wait for chunks in flight.
@@ -228,6 +242,137 @@ class Snapshot(Mapping[str, NDArray[Any]]):
             # The traceback holds the block's arrays; the error is what the caller needs to see.
             with contextlib.suppress(BufferError):
                 self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Which snapshot, which version of it, and how it is opened: what a pickle carries of one.
+
+    identity: of each file; of a local file what is the same on every machine that sees it.
+    keywords: of `open`, without secrets: the other side finds those in its own environment.
+    """
+
+    location: str
+    identity: tuple[str, ...]
+    keywords: Mapping[str, Any]
+
+    def check(self) -> Reference:
+        """Itself. Raises `TypeError` where the URL carries credentials, which must not be passed on."""
+        if locations.has_secrets(self.location):
+            raise TypeError(
+                f"{locations.display(self.location)}: is opened by a URL with credentials in it, which a "
+                "pickle must not carry; open it by a URL without (storage_options={'headers': ...}, or s3://)"
+            )
+        return self
+
+    def key(self) -> str:
+        """Equal for references to the same memory."""
+        return repr((self.location, self.identity, sorted(self.keywords.items())))
+
+
+def _identity_of(blob: Blob, digest: str | None) -> str:
+    fd = blob.fileno()
+    if fd is None:
+        return blob.identity
+    if digest is not None:
+        return digest
+    info = os.fstat(fd)
+    return f"{info.st_size}-{info.st_mtime_ns}"
+
+
+def _reopen(reference: Reference) -> Snapshot:
+    """The snapshot that was pickled. Raises as `open`, and `SnapshotChanged` if it is another by now."""
+    snapshot = open(reference.location, **reference.keywords)
+    if snapshot._reference.identity != reference.identity:
+        snapshot.close()
+        raise SnapshotChanged(
+            f"{snapshot.url}: was changed after this reference to it was made; make a new one",
+            url=snapshot.url,
+        )
+    return snapshot
+
+
+#: Snapshots that handles have opened in this process, the least recently used first. Kept open, since a
+#: worker gets a new handle with each task, and would else load the same chunks again.
+_opened: OrderedDict[str, Snapshot] = OrderedDict()
+_OPENED_MAX: Final = 8
+
+
+def _open_shared(reference: Reference) -> Snapshot:
+    key = reference.key()
+    snapshot = _opened.pop(key, None)
+    if snapshot is None or snapshot.closed:
+        snapshot = _reopen(reference)
+    _opened[key] = snapshot
+    while len(_opened) > _OPENED_MAX:
+        with contextlib.suppress(KeyError):  # another thread was faster
+            _opened.popitem(last=False)  # its arrays keep it alive for as long as they are used
+    return snapshot
+
+
+class ArrayHandle:
+    """A stand-in for one array of a snapshot that pickles to a few hundred bytes.
+
+    Indexing it opens the snapshot, once a process, and shows the array in place: only chunks that are
+    touched are read. Has what numpy-like consumers ask for, so that `dask.array.from_array` and friends
+    take it. Made by `Snapshot.handle`. Opening raises as `lazymem.open`, and `SnapshotChanged`.
+    """
+
+    def __init__(self, reference: Reference, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        self._reference = reference
+        self.name = name
+        self.dtype = dtype
+        self.shape = shape
+
+    @property
+    def url(self) -> str:
+        """Path or URL of the snapshot."""
+        return self._reference.location
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """The version of the snapshot's file, or files."""
+        return self._reference.identity
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def open(self) -> NDArray[Any]:
+        """The array, shown in place. The snapshot stays open in this process for the next handle."""
+        return _open_shared(self._reference)[self.name]
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.open()[key]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        array = self.open()
+        if dtype is not None and np.dtype(dtype) != array.dtype:
+            if copy is False:
+                raise ValueError(f"{self.name}: cannot be shown as {np.dtype(dtype)} without a copy")
+            return array.astype(dtype)
+        return array.copy() if copy else array
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError(f"{self.name}: has no dimensions, and so no length")
+        return self.shape[0]
+
+    def __dask_tokenize__(self) -> tuple[str, str]:
+        return self._reference.key(), self.name
+
+    def __repr__(self) -> str:
+        url = locations.display(self.url) if locations.scheme_of(self.url) else self.url
+        return f"<lazymem.ArrayHandle {self.name!r} of {url!r}: {self.dtype}{list(self.shape)}>"
 
 
 def _shape(info: ArrayInfo, data: NDArray[np.uint8]) -> NDArray[Any]:
@@ -257,19 +402,28 @@ def open(
     chunk_size: int | None = None,
     readahead: int | None = None,
     as_format: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    cache: StrPath | bool | None = None,
 ) -> Snapshot:
     """Open a snapshot, or another format's file, as memory. Reads its index and no more.
 
-    source: a path: a snapshot (.lzm), .safetensors (a file, a folder of shards or their
-        model.safetensors.index.json), .npy, .npz (stored members), or any other file, whose bytes are
-        the array "data". Content decides, not the suffix.
+    source: a path or URL (s3://, http://, https://): a snapshot (.lzm), .safetensors (a file, a folder
+        of shards or their model.safetensors.index.json), .npy, .npz (stored members), or any other file,
+        whose bytes are the array "data". Content decides, not the suffix.
     mode: "r", writing is an error; "c", copy-on-write: changes stay in this process's memory.
     backend, install, threads, chunk_size, readahead: see `lazymem.options.OpenOptions`; left out,
         the environment decides (LAZYMEM_BACKEND, LAZYMEM_INSTALL, LAZYMEM_THREADS).
     as_format: read a container as "raw", "npy", "npz" or "safetensors" instead of finding out.
+    storage_options: how a URL is reached, see `lazymem.options.StoreOptions`; what is left out is found
+        as boto3 finds it: environment, configuration files, instance roles.
+    cache: keep what is read from URLs on disk: a directory; True: LAZYMEM_CACHE_DIR, else
+        ~/.cache/lazymem; False: no; None: only if LAZYMEM_CACHE_DIR is set.
 
-    Uncompressed local files are mapped and share the page cache: their bytes are not checked when they
-    are touched (`verify` does it, or backend="uffd" for snapshots). Everything else is.
+    A remote object costs one request to open, or two (a large index; a container's header), each touch
+    of a new chunk one more. Every request is for the version that was opened; if the object is replaced,
+    reading raises `SnapshotChanged`. Uncompressed local files are mapped and share the page cache: their
+    bytes are not checked when they are touched (`verify` does it, or backend="uffd" for snapshots).
+    Everything else is.
     Raises `SnapshotNotFound`, `AccessDenied`, `FormatError`, `UnsupportedFormat`, `ReadError`,
     `BackendUnavailable`, `OutOfMemory`, `OptionError`.
     """
@@ -281,27 +435,38 @@ def open(
         chunk_size=chunk_size,
         readahead=readahead,
     )
+    store = StoreOptions.from_environment(storage_options, cache=cache)
+    location = location_of(source)
     with contextlib.ExitStack() as stack:
-        url, catalog, blobs, digest = _load(source, options, as_format, stack)
+        url, catalog, blobs, digest = _load(location, options, store, as_format, stack)
         region = Region.open(url, catalog, blobs, options)
         stack.pop_all()
-    return Snapshot(url, catalog, region, blobs, digest)
+    public = store.public()
+    if cache is None and "cache" not in (storage_options or {}):
+        public.pop("cache", None)  # a directory of this machine; the other side has an environment of its own
+    keywords = {
+        "mode": mode, "backend": backend, "install": install, "threads": threads, "chunk_size": chunk_size,
+        "readahead": readahead, "as_format": as_format, "storage_options": public or None,
+    }  # fmt: skip
+    reference = Reference(
+        location if locations.scheme_of(location) else os.path.abspath(locations.local_path(location)),
+        tuple(_identity_of(blob, digest) for blob in blobs),
+        {name: value for name, value in keywords.items() if value is not None},
+    )
+    return Snapshot(url, catalog, region, blobs, digest, reference)
 
 
 def _load(
-    source: StrPath, options: OpenOptions, as_format: str | None, stack: contextlib.ExitStack
-) -> tuple[str, Catalog, tuple[Blob, ...], str | None]:
-    path = os.fspath(source)
-    if not isinstance(path, str):
-        raise OptionError(f"source is {path!r}; it must be a str or a path of one")
-    blob = open_snapshot(path) if as_format is None else None
-    if blob is not None:
-        stack.callback(blob.close)
-        index = load_index(blob)
-        return path, IndexCatalog(index), (blob,), index.digest.hex()
-    directory = open_container(path, as_format=as_format)
-    stack.callback(directory.close)
-    return path, DirectoryCatalog(directory, options.chunk_size), tuple(directory.files), None
+    location: str, options: OpenOptions, store: StoreOptions, as_format: str | None,
+    stack: contextlib.ExitStack,
+) -> tuple[str, Catalog, tuple[Blob, ...], str | None]:  # fmt: skip
+    found = recognize(location, LocationOpener(store), as_format=as_format)
+    stack.callback(found.close)
+    if isinstance(found, Directory):
+        catalog = DirectoryCatalog(found, options.chunk_size)
+        return locations.display(location), catalog, tuple(found.files), None
+    index = load_index(found)
+    return found.url, IndexCatalog(index), (found,), index.digest.hex()
 
 
 def open_array(source: StrPath, name: str | None = None, **options: Any) -> NDArray[Any]:

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from .catalog import IndexCatalog
 from .containers.base import Directory
-from .containers.detect import open_container
 from .format.index import SnapshotIndex
-from .format.reader import load_index, open_snapshot
+from .format.reader import load_index
+from .opener import LocationOpener, location_of
+from .options import StoreOptions
+from .recognizer import recognize
+from .store import locations
 
 StrPath = str | os.PathLike[str]
+Cache = str | os.PathLike[str] | bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,26 +110,23 @@ class Summary:
 
 
 @contextmanager
-def _opened(source: StrPath) -> Iterator[SnapshotIndex | Directory]:
-    path = os.fspath(source)
-    blob = open_snapshot(path)
-    if blob is not None:
-        with blob:
-            yield load_index(blob)
-            return
-    directory = open_container(path)
-    try:
-        yield directory
-    finally:
-        directory.close()
+def _opened(
+    location: str, storage_options: Mapping[str, Any] | None, cache: Cache
+) -> Iterator[SnapshotIndex | Directory]:
+    opener = LocationOpener(StoreOptions.from_environment(storage_options, cache=cache))
+    with closing(recognize(location, opener)) as found:
+        yield found if isinstance(found, Directory) else load_index(found)
 
 
-def list_arrays(source: StrPath) -> list[ListedArray]:
+def list_arrays(
+    source: StrPath, *, storage_options: Mapping[str, Any] | None = None, cache: Cache = None
+) -> list[ListedArray]:
     """All arrays of a snapshot or a container, in the order in which they lie.
 
-    Raises `SnapshotNotFound`, `AccessDenied`, `FormatError`, `UnsupportedFormat`, `ReadError`.
+    source: a path or URL. storage_options, cache: as for `open`. Raises `SnapshotNotFound`,
+    `AccessDenied`, `FormatError`, `UnsupportedFormat`, `ReadError`, `OptionError`.
     """
-    with _opened(source) as found:
+    with _opened(location_of(source), storage_options, cache) as found:
         return _of_directory(found) if isinstance(found, Directory) else _of_index(found)
 
 
@@ -171,11 +172,14 @@ def _of_directory(directory: Directory) -> list[ListedArray]:
     ]
 
 
-def summarize(source: StrPath) -> Summary:
-    """A snapshot or a container as a whole. Raises what `list_arrays` raises."""
-    with _opened(source) as found:
+def summarize(
+    source: StrPath, *, storage_options: Mapping[str, Any] | None = None, cache: Cache = None
+) -> Summary:
+    """A snapshot or a container as a whole. Takes and raises what `list_arrays` does."""
+    location = location_of(source)
+    with _opened(location, storage_options, cache) as found:
         if isinstance(found, Directory):
-            return _summarize_directory(os.fspath(source), found)
+            return _summarize_directory(locations.display(location), found)
         return _summarize_index(found)
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`verify`: check every chunk of a snapshot against its checksums, and the whole against its digest.
 
-Goes on past damage, so that the report is complete. Reads the file once, in parallel.
+Goes on past damage, so that the report is complete. Reads the file once: a local one in parallel, a remote
+one ahead of the checks. A store that does not deliver is no damage, and ends it.
 """
 
 from __future__ import annotations
@@ -10,20 +11,27 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from . import _native
 from .errors import ChunkCorrupt, FormatError, ReadError
 from .format import structs
 from .format.index import content_digest, parse_head
 from .format.reader import SnapshotReader, open_snapshot
-from .options import check_threads, cpu_count
+from .opener import LocationOpener, location_of
+from .options import StoreOptions, check_threads, cpu_count
+from .store import locations
 
 #: Records per task: fewer tasks than records, and still an even share for each thread.
 _BATCH: Final = 8
+#: But no more bytes of content than this: a task on a remote snapshot holds its stored bytes.
+_BATCH_BYTES: Final = 8 << 20
+#: Tasks that wait, beside those at work: bounds memory where the file has millions of chunks.
+_WAITING: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,24 +77,32 @@ def verify(
     *,
     threads: int | None = None,
     deep: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+    cache: str | os.PathLike[str] | bool | None = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> VerifyReport:
     """Check all of a snapshot, and report every damaged chunk.
 
-    deep: decode every chunk and compare its SHA-256 too; without it only the checksums of the stored
-    bytes. progress: called with (chunks checked, chunks in all). Blocks until all is read. Raises
-    `FormatError` if `source` is no snapshot or its index is damaged, and what opening a file raises.
+    source: a path or URL. deep: decode every chunk and compare its SHA-256 too; without it only the
+    checksums of the stored bytes. storage_options: as for `open`. cache: as for `open`, but None is none
+    whatever the environment says, since it is the store's own bytes that are in question.
+    progress: called with (chunks checked, chunks in all). Blocks until all is read. Raises `FormatError`
+    if `source` is no snapshot or its index is damaged, what opening a file raises, and `ReadError` if a
+    remote store does not deliver.
     """
     started = time.monotonic()
     workers = cpu_count() if threads is None else check_threads(threads)
-    path = os.fspath(source)
-    blob = open_snapshot(path)
+    location = location_of(source)
+    store_options = StoreOptions.from_environment(storage_options, cache=False if cache is None else cache)
+    opener = LocationOpener(store_options)
+    blob = open_snapshot(location, opener)
     if blob is None:
         what = "is not a snapshot, and other formats carry no checksums to verify"
-        if os.path.isdir(path):
+        if opener.is_folder(location):
             what = "is a folder, and one file is verified at a time; name it"
-        raise FormatError(f"{path}: {what}; `lazymem build` makes a snapshot that carries them", url=path)
-    with blob:
+        url = locations.display(location)
+        raise FormatError(f"{url}: {what}; `lazymem build` makes a snapshot that carries them", url=url)
+    with closing(blob):
         return _Verification(SnapshotReader(blob), deep).run(workers, progress, started)
 
 
@@ -99,6 +115,9 @@ class _Verification:
         self._reader = reader
         self._index = reader.index
         self._deep = deep
+        # A local file that cannot be read is damaged; of a remote one that says nothing.
+        self._remote = reader.blob.fileno() is None
+        self._unreadable = (FormatError,) if self._remote else (FormatError, ReadError)
         self._problems: list[str] = []
         self._digests: bytes | None = None
 
@@ -108,19 +127,24 @@ class _Verification:
         index = self._index
         try:
             self._digests = self._reader.chunk_digests()
-        except (FormatError, ReadError) as error:
+        except self._unreadable as error:
             self._problems.append(str(error))
         self._check_head()
         bad: list[BadChunk] = []
         found = bytearray()  # SHA-256 of what the chunks really hold; complete if none is bad
         done = 0
-        with ThreadPoolExecutor(threads, "lazymem-verify") as pool:
+        with (
+            self._reader.ahead([(0, index.content_size)]),
+            ThreadPoolExecutor(threads, "lazymem-verify") as pool,
+        ):
             pending: deque[Future[tuple[int, bytes, list[BadChunk]]]] = deque()
             try:
                 for first_chunk, first_record, count in _batches(self._reader):
-                    pending.append(pool.submit(self._check, first_chunk, first_record, count))
-                    # Bounds memory where the file has millions of chunks.
-                    while len(pending) > 4 * threads:
+                    stored = None
+                    if self._remote:
+                        stored = [self._reader.read_stored(first_record + i) for i in range(count)]
+                    pending.append(pool.submit(self._check, first_chunk, first_record, count, stored))
+                    while len(pending) > threads + _WAITING:
                         done += _collect(pending, found, bad)
                         if progress is not None:
                             progress(done, len(index.records))
@@ -149,7 +173,7 @@ class _Verification:
         index = self._index
         try:
             head = parse_head(index.url, self._reader.blob.read(0, structs.HEAD.size))
-        except (FormatError, ReadError) as error:
+        except self._unreadable as error:
             self._problems.append(str(error))
             return
         if head["chunk_size"] != index.chunk_size or head["incompatible"] & ~structs.KNOWN_INCOMPATIBLE:
@@ -167,14 +191,20 @@ class _Verification:
             )
         return total == index.digest
 
-    def _check(self, first_chunk: int, first_record: int, count: int) -> tuple[int, bytes, list[BadChunk]]:
-        """Check `count` consecutive chunks: (count, SHA-256 of the good ones if deep, the bad ones)."""
+    def _check(
+        self, first_chunk: int, first_record: int, count: int, stored: list[bytes] | None
+    ) -> tuple[int, bytes, list[BadChunk]]:
+        """Check `count` consecutive chunks: (count, SHA-256 of the good ones if deep, the bad ones).
+
+        stored: their bytes, if they were read already.
+        """
         found = bytearray()
         bad = []
         for i in range(count):
             chunk, record = first_chunk + i, first_record + i
             try:
-                found += self._check_one(chunk, record)
+                data = self._reader.read_stored(record) if stored is None else stored[i]
+                found += self._check_one(chunk, record, data)
             except (ChunkCorrupt, ReadError, _Damaged) as error:
                 row = self._index.records[record]
                 arrays = tuple(self._reader.chunk_arrays(chunk))
@@ -182,9 +212,8 @@ class _Verification:
                 bad.append(BadChunk(chunk, int(row["offset"]), int(row["stored_length"]), arrays, cause))
         return count, bytes(found), bad
 
-    def _check_one(self, chunk: int, record: int) -> bytes:
+    def _check_one(self, chunk: int, record: int, stored: bytes) -> bytes:
         index = self._index
-        stored = self._reader.read_stored(record)
         if not self._deep:
             if _native.checksum(stored) != int(index.records["checksum"][record]):
                 raise _Damaged("the stored bytes do not match their checksum")
@@ -197,13 +226,14 @@ class _Verification:
 
 
 def _batches(reader: SnapshotReader) -> Iterator[tuple[int, int, int]]:
-    """(first chunk, first record, count) of at most _BATCH stored chunks each, in order."""
+    """(first chunk, first record, count) of a task's stored chunks each, in order."""
+    batch = max(1, min(_BATCH, _BATCH_BYTES // reader.index.chunk_size))
     for run in reader.index.runs:
         first_chunk, count, first_record = (int(value) for value in run.tolist())
         if first_record == structs.ZERO_RUN:
             continue
-        for i in range(0, count, _BATCH):
-            yield first_chunk + i, first_record + i, min(_BATCH, count - i)
+        for i in range(0, count, batch):
+            yield first_chunk + i, first_record + i, min(batch, count - i)
 
 
 def _collect(

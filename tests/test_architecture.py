@@ -11,23 +11,34 @@ import lazymem
 
 ROOT = Path(lazymem.__file__).parent
 # Lower layers first; a module may import from its own part and from any part below it that is listed.
+# fmt: off
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "options": {"errors"},
     "dtypes": {"errors"},
     "_native": set(),
-    "store": {"errors"},
+    "cache": {"errors", "options"},
+    "store": {"errors", "options"},
+    "fetcher": {"store", "cache", "errors", "options", "_native"},
+    "opener": {"fetcher", "store", "errors", "options"},
     "containers": {"store", "errors", "dtypes"},
     "format": {"store", "errors", "dtypes", "options", "_native"},
+    "recognizer": {"format", "containers", "store", "errors"},
     "catalog": {"format", "containers", "store", "errors", "dtypes", "_native"},
-    "region": {"catalog", "store", "errors", "options", "_native"},
-    "snapshot": {"region", "catalog", "format", "containers", "store", "errors", "options"},
-    "builder": {"format", "containers", "store", "errors", "options", "dtypes"},
-    "verifier": {"format", "containers", "store", "errors", "options", "_native"},
-    "extractor": {"format", "containers", "store", "errors", "options", "dtypes"},
+    "region": {"catalog", "fetcher", "store", "errors", "options", "_native"},
+    "snapshot": {"region", "catalog", "recognizer", "opener", "format", "containers", "store", "errors",
+                 "options"},
+    "destination": {"format", "opener", "store", "errors", "options"},
+    "builder": {"recognizer", "destination", "opener", "format", "containers", "store", "errors", "options",
+                "dtypes"},
+    "verifier": {"opener", "format", "containers", "store", "errors", "options", "_native"},
+    "extractor": {"recognizer", "opener", "format", "containers", "store", "errors", "options", "dtypes"},
+    "copier": {"destination", "opener", "format", "store", "errors", "options"},
+    "summary": {"recognizer", "catalog", "opener", "format", "containers", "store", "errors", "options"},
 }
+# fmt: on
 # What stands above all of them may import any of them; nothing below may import these.
-TOP = {"cli", "demo", "doctor", "summary", "__main__", "__init__"}
+TOP = {"cli", "demo", "doctor", "__main__", "__init__"}
 
 
 def part_of(path: Path) -> str:
@@ -79,12 +90,44 @@ def test_only_options_reads_the_environment() -> None:
     assert users == {"options", "_native"}  # _native/build.py: a switch of the build
 
 
+def imported_at_once(path: Path) -> set[str]:
+    """First names of what importing the module imports: not inside functions, not for types only."""
+    found = set()
+    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            pending += ast.iter_child_nodes(node)
+    return found
+
+
+def test_clients_of_stores_are_imported_by_the_stores_where_a_url_needs_them() -> None:
+    clients = {"boto3", "botocore", "s3transfer", "obstore", "fsspec", "s3fs", "urllib3", "requests"}
+    for path in ROOT.rglob("*.py"):
+        assert not imported_at_once(path) & clients, path
+        if part_of(path) != "store":
+            named = re.search(rf"^\s*(import|from) ({'|'.join(clients)})\b", path.read_text("utf-8"), re.M)
+            assert not named, path
+
+
+def test_the_fetcher_starts_without_numpy() -> None:
+    for path in ROOT.rglob("*.py"):
+        if part_of(path) in {"errors", "options", "store", "cache", "fetcher", "_native"}:
+            assert not imported_at_once(path) & {"numpy", "ml_dtypes", "zstandard", "click", "rich"}, path
+
+
 def c_includes(name: str) -> set[str]:
     return set(re.findall(r'^#include "(\w+\.h)"', (ROOT / "_native" / name).read_text("utf-8"), re.M))
 
 
 def test_c_leaves_do_not_know_one_another() -> None:
-    for leaf in ("uffd", "codec", "planes", "table", "queue"):
+    for leaf in ("uffd", "codec", "planes", "table", "queue", "arena", "source", "spawn"):
         allowed = {f"{leaf}.h", "lazymem.h", "sys.h"}
         assert (
             c_includes(f"{leaf}.c") | c_includes(f"{leaf}.h" if leaf != "planes" else "planes.c") <= allowed

@@ -6,10 +6,13 @@ Every call releases the GIL (cffi does, in API mode). Nothing above this package
 
 from __future__ import annotations
 
+import errno
 import os
+import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Final
 
 from . import codecs
@@ -41,6 +44,12 @@ _OWN_CODES: Final = {
     lib.LM_E_CLOSED: "the region is closed",
     lib.LM_E_FEATURE: "userfaultfd lacks an operation that is needed",
     lib.LM_E_FULL: "too many ranges are waiting to be populated",
+    lib.LM_E_STORE: "the store did not deliver the bytes",
+    lib.LM_E_GONE: "nothing lies under the URL",
+    lib.LM_E_DENIED: "the store refuses access",
+    lib.LM_E_CHANGED: "the object was replaced after it was opened",
+    lib.LM_E_OPTION: "the URL or an option cannot be right",
+    lib.LM_E_FETCHER: "the fetcher cannot be started or does not answer",
 }
 CHUNK_UNCHECKED: Final[int] = lib.LM_CHUNK_UNCHECKED
 E_SHORT: Final[int] = lib.LM_E_SHORT
@@ -50,15 +59,66 @@ E_RECORD: Final[int] = lib.LM_E_RECORD
 E_CODEC: Final[int] = lib.LM_E_CODEC
 E_CLOSED: Final[int] = lib.LM_E_CLOSED
 E_FEATURE: Final[int] = lib.LM_E_FEATURE
+E_STORE: Final[int] = lib.LM_E_STORE
+E_GONE: Final[int] = lib.LM_E_GONE
+E_DENIED: Final[int] = lib.LM_E_DENIED
+E_CHANGED: Final[int] = lib.LM_E_CHANGED
+E_OPTION: Final[int] = lib.LM_E_OPTION
+E_FETCHER: Final[int] = lib.LM_E_FETCHER
+E_FULL: Final[int] = lib.LM_E_FULL
+
+
+class Message:
+    """The layout of a structure of lazymem.h that crosses a socket: packs and unpacks it by name."""
+
+    def __init__(self, kind: str) -> None:
+        fields: list[tuple[str, Any]] = list(ffi.typeof(kind).fields)
+        codes = {"uint64_t": "Q", "uint32_t": "I", "int32_t": "i", "uint16_t": "H"}
+        self._struct = struct.Struct("<" + "".join(codes[field.type.cname] for _, field in fields))
+        self._names = tuple(name for name, _ in fields)
+        self.size = self._struct.size
+        if self.size != ffi.sizeof(kind):
+            raise ImportError(f"{kind} has holes")
+
+    def pack(self, **values: int) -> bytes:
+        """Fields that are left out are 0."""
+        if not values.keys() <= set(self._names):
+            raise TypeError(f"unknown fields: {values.keys() - set(self._names)}")
+        return self._struct.pack(*(values.get(name, 0) for name in self._names))
+
+    def unpack(self, data: Any, offset: int = 0) -> SimpleNamespace:
+        """The structure that begins at `offset` of a buffer."""
+        return SimpleNamespace(**dict(zip(self._names, self._struct.unpack_from(data, offset), strict=True)))
+
+
+#: The fetcher's protocol (lazymem.h, "the fetcher").
+ASK: Final = Message("lm_ask")
+PIECE: Final = Message("lm_piece")
+ANSWER: Final = Message("lm_answer")
+ASK_KINDS: Final[dict[str, int]] = {
+    name: getattr(lib, f"LM_ASK_{name}")
+    for name in ("SOURCE", "OPEN", "RANGE", "PROMOTE", "CANCEL", "FORGET", "STATUS")
+}
+ASK_DEMAND: Final[int] = lib.LM_ASK_DEMAND
+ASK_REFETCH: Final[int] = lib.LM_ASK_REFETCH
+ANSWER_DONE: Final[int] = lib.LM_ANSWER_DONE
+ANSWER_FAILED: Final[int] = lib.LM_ANSWER_FAILED
+FETCH_SOCKET: Final[int] = lib.LM_FETCH_SOCKET
+FETCH_MEMORY: Final[int] = lib.LM_FETCH_MEMORY
+FETCH_MESSAGE_MAX: Final[int] = lib.LM_FETCH_MESSAGE_MAX
 
 
 class NativeError(Exception):
-    """A negative code from the core. `code` is LM_E_* or an errno negated; `chunk` where it is known."""
+    """A negative code from the core. `code` is LM_E_* or an errno negated; `chunk` where it is known.
 
-    def __init__(self, code: int, chunk: int | None = None) -> None:
-        super().__init__(_OWN_CODES.get(code) or os.strerror(-code))
+    said: a sentence of the store's, where there is one, else "".
+    """
+
+    def __init__(self, code: int, chunk: int | None = None, said: str = "") -> None:
+        super().__init__(said or _OWN_CODES.get(code) or os.strerror(-code))
         self.code = code
         self.chunk = chunk
+        self.said = said
 
 
 def _check(code: int) -> int:
@@ -151,6 +211,71 @@ def engine_counts() -> tuple[int, int]:
     return int(lib.lm_engine_region_count()), int(lib.lm_engine_thread_count())
 
 
+# ---- the fetcher ----
+
+
+def fetch_command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Say how the fetcher is started. The first call of a process counts."""
+    strings = [*arguments, *(f"{name}={value}" for name, value in environment.items())]
+    block = b"".join(os.fsencode(text) + b"\0" for text in strings)
+    _check(lib.lm_fetch_command(block, len(block), len(arguments), len(environment)))
+
+
+def source_open(text: bytes) -> int:
+    """A number for a remote object; `text` is the payload of LM_ASK_SOURCE. Close it."""
+    return _check(lib.lm_source_open(text, len(text)))
+
+
+def source_update(source: int, text: bytes) -> None:
+    _check(lib.lm_source_update(source, text, len(text)))
+
+
+def source_close(source: int, _close: Any = lib.lm_source_close) -> None:
+    _close(source)
+
+
+def fetch_ask(kind: int, source: int, offset: int, length: int, timeout_ms: int) -> int:
+    """Ask the fetcher; returns the id to wait for. Raises `NativeError`, with E_FULL: ask again later."""
+    out = ffi.new("uint64_t *")
+    _check(lib.lm_fetch_ask(kind, source, offset, length, timeout_ms, out))
+    return int(out[0])
+
+
+def fetch_wait(ask: int, timeout_ms: int) -> bool:
+    """Whether the answer, good or bad, is there to be taken. Raises `NativeError` if the id means nothing."""
+    code = lib.lm_fetch_wait(ask, timeout_ms)
+    if code == -errno.ESRCH:
+        raise NativeError(code)
+    return bool(code)
+
+
+def fetch_take(ask: int, out: Any) -> tuple[int, str]:
+    """The bytes into `out` and how many they are, and the text. Raises `NativeError` with what was said."""
+    result = ffi.new("lm_fetch_result *")
+    code = lib.lm_fetch_wait(ask, 0)
+    with ffi.from_buffer(out, require_writable=True) as view:
+        _check(lib.lm_fetch_take(ask, view, len(view), result))
+    text = bytes(ffi.buffer(result.text, result.text_length)).decode("utf-8", "replace")
+    if code < 0:
+        raise NativeError(code, said=text)
+    return int(result.length), text
+
+
+def fetch_drop(ask: int) -> None:
+    """Give up a question; harmless if it was taken."""
+    lib.lm_fetch_drop(ask)
+
+
+def fetcher_pid() -> int:
+    """Of the fetcher that runs for this process; 0: none does."""
+    return int(lib.lm_fetcher_pid())
+
+
+def fetcher_starts() -> int:
+    """Fetchers started in this process so far."""
+    return int(lib.lm_fetcher_starts())
+
+
 # ---- regions ----
 
 
@@ -158,6 +283,7 @@ def engine_counts() -> tuple[int, int]:
 class RegionSpec:
     """What a faulting region shows; tables are the records of FORMAT.md, one after another.
 
+    sources: where fds are -1, the numbers that `source_open` gave; the rest: see lazymem.h.
     Array tables: offsets and lengths as uint64, name_offsets as uint32 (one more than arrays).
     """
 
@@ -173,6 +299,10 @@ class RegionSpec:
     writable: bool = False
     threads: int = 0
     readahead: int = 0
+    sources: Sequence[int] = ()
+    coalesce_gap: int = 0
+    coalesce_size: int = 0
+    fetch_timeout_ms: int = 0
     array_offsets: bytes = b""
     array_lengths: bytes = b""
     name_offsets: bytes = b""
@@ -223,13 +353,14 @@ class NativeRegion:
             or name_offsets[array_count] > len(spec.names)
         ):
             raise ValueError("the array tables differ in length")
-        if len(spec.fds) != len(spec.source_sizes):
-            raise ValueError("each source needs a descriptor and a size")
+        if len(spec.fds) != len(spec.source_sizes) or len(spec.sources) not in (0, len(spec.fds)):
+            raise ValueError("each source needs a descriptor or number, and a size")
         keep = [
             ffi.new("int[]", list(spec.fds)),
             ffi.new("uint64_t[]", list(spec.source_sizes)),
             ffi.new("char[]", os.fsencode(spec.url)),
             ffi.from_buffer("char[]", spec.names),
+            ffi.new("uint32_t[]", list(spec.sources)) if spec.sources else ffi.NULL,
         ]
         given = ffi.new(
             "lm_region_spec *",
@@ -246,6 +377,10 @@ class NativeRegion:
                 "records": records,
                 "record_count": record_count,
                 "fds": keep[0],
+                "sources": keep[4],
+                "coalesce_gap": spec.coalesce_gap,
+                "coalesce_size": spec.coalesce_size,
+                "fetch_timeout_ms": spec.fetch_timeout_ms,
                 "source_sizes": keep[1],
                 "source_count": len(spec.fds),
                 "url": keep[2],
@@ -288,8 +423,15 @@ class NativeRegion:
         position, chunk = ffi.new("uint64_t *", cursor), ffi.new("uint64_t *")
         code = lib.lm_region_wait(self._handle, first, count, timeout_ms, position, chunk)
         if code < 0:
-            raise NativeError(code, None if code == E_CLOSED else int(chunk[0]))
+            failed = None if code == E_CLOSED else int(chunk[0])
+            raise NativeError(code, failed, "" if failed is None else self._error_text(failed))
         return bool(code), int(position[0])
+
+    def _error_text(self, chunk: int) -> str:
+        out = ffi.new("char[]", 512)
+        if lib.lm_region_error_text(self._handle, chunk, out, len(out)) < 0:
+            return ""
+        return bytes(ffi.string(out)).decode("utf-8", "replace")
 
     def read_into(self, offset: int, out: Any) -> None:
         """Copy out of the region, GIL released; the range must be populated."""

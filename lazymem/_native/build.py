@@ -22,9 +22,13 @@ SOURCES = (
     "planes.c",
     "table.c",
     "queue.c",
+    "arena.c",
+    "source.c",
+    "spawn.c",
     "populate.c",
     "report.c",
     "engine.c",
+    "fetch.c",
     "region.c",
 )
 # setuptools brings Python's own flags, -DNDEBUG among them; nothing here depends on assert().

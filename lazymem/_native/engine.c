@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "fetch.h"
 #include "sys.h"
 #include "uffd.h"
 
@@ -153,9 +154,12 @@ static void run_ahead_locked(struct lm_region *region, uint64_t chunk)
     if (start < end) {
         struct lm_span span = { .region = region, .next = start, .end = end };
 
-        if (lm_queue_push_span(&engine->queue, &span, false)) {
+        if (lm_queue_push_span(region->remote ? &engine->remote : &engine->queue, &span, false)) {
             region->ahead.end = end;
-            pthread_cond_broadcast(&engine->work);
+            if (region->remote)
+                lm_fetch_wake_locked();
+            else
+                pthread_cond_broadcast(&engine->work);
         }
     }
 }
@@ -178,6 +182,8 @@ static bool accept_fault_locked(uintptr_t address, uint64_t now, struct lm_task 
         }
         if (lm_table_want(&region->table, task.chunk)) {
             run_ahead_locked(region, task.chunk);
+            if (region->remote)
+                lm_fetch_promote_locked(region, task.chunk);
             return false; /* its owner wakes the whole chunk, whatever comes of it */
         }
         if (lm_table_state(&region->table, task.chunk) >= LM_STATE_PRESENT &&
@@ -191,22 +197,32 @@ static bool accept_fault_locked(uintptr_t address, uint64_t now, struct lm_task 
     return true;
 }
 
-/* No room (65,536 threads wait on as many chunks): let the thread fault again a little later. */
-static void turn_away_locked(const struct lm_task *task, int fd)
+/* 65,536 threads wait on as many chunks: let the thread fault again a little later. */
+void lm_engine_turn_away_locked(const struct lm_task *task)
 {
-    if (task->kind == LM_TASK_DEMAND)
-        lm_table_publish(&task->region->table, task->chunk, LM_STATE_ABSENT);
-    task->region->tasks--;
-    (void)lm_uffd_wake(fd, (uintptr_t)task->region->base +
-                               (task->chunk << task->region->table.chunk_shift),
-                       (size_t)1 << task->region->table.chunk_shift);
+    struct lm_region *region = task->region;
+
+    if (task->kind != LM_TASK_RECHECK)
+        lm_table_publish(&region->table, task->chunk, LM_STATE_ABSENT);
+    region->tasks--;
+    if (region->backend != LM_BACKEND_EAGER)
+        (void)lm_uffd_wake(engine->uffds[region->uffd].fd,
+                           (uintptr_t)region->base + (task->chunk << region->table.chunk_shift),
+                           (size_t)1 << region->table.chunk_shift);
+}
+
+/* Its bytes come over a network, and only those. */
+static bool is_for_courier(const struct lm_task *task)
+{
+    return task->region->remote && task->kind == LM_TASK_DEMAND &&
+           lm_table_record(&task->region->table, task->chunk) != NULL;
 }
 
 /* Read what the kernel has and queue it. */
 static void intake(int fd)
 {
     struct lm_uffd_message messages[LM_MESSAGES];
-    unsigned queued = 0;
+    unsigned queued = 0, asked = 0;
     int count, i;
 
     do {
@@ -223,11 +239,15 @@ static void intake(int fd)
             if (messages[i].event != LM_UFFD_EVENT_PAGEFAULT ||
                 !accept_fault_locked((uintptr_t)messages[i].address, now, &task))
                 continue;
-            if (lm_queue_push_task(&engine->queue, &task))
-                queued++;
+            if (!lm_queue_push_task(is_for_courier(&task) ? &engine->remote : &engine->queue, &task))
+                lm_engine_turn_away_locked(&task);
+            else if (is_for_courier(&task))
+                asked++;
             else
-                turn_away_locked(&task, fd);
+                queued++;
         }
+        if (asked > 0)
+            lm_fetch_wake_locked();
         pthread_mutex_unlock(&engine->lock);
     } while (count == LM_MESSAGES); /* the poller reports an edge: leave nothing behind */
     if (queued > 1)
@@ -275,6 +295,8 @@ static void run(struct lm_worker *worker, const struct lm_task *task)
     (void)lm_populate(worker, task);
     pthread_mutex_lock(&engine->lock);
     task->region->tasks--;
+    if (task->range != NULL)
+        lm_fetch_release_locked(task->range);
     pthread_cond_broadcast(&engine->progress);
     pthread_mutex_unlock(&engine->lock);
 }
@@ -284,7 +306,8 @@ static bool take(struct lm_task *ret_task, bool helper)
     bool taken;
 
     pthread_mutex_lock(&engine->lock);
-    taken = lm_queue_pop_task(&engine->queue, ret_task) || (helper && take_prefetch_locked(ret_task));
+    taken = lm_queue_pop_task(&engine->queue, ret_task) || lm_queue_pop_task(&engine->arrived, ret_task) ||
+            (helper && (lm_queue_pop_task(&engine->early, ret_task) || take_prefetch_locked(ret_task)));
     pthread_mutex_unlock(&engine->lock);
     return taken;
 }
@@ -335,7 +358,8 @@ static void *help(void *argument)
         while (take(&task, true))
             run(worker, &task);
         pthread_mutex_lock(&engine->lock);
-        while (!engine->stopping && lm_queue_first_span(&engine->queue) == NULL)
+        while (!engine->stopping && lm_queue_first_span(&engine->queue) == NULL &&
+               engine->arrived.task_count == 0 && engine->early.task_count == 0)
             pthread_cond_wait(&engine->work, &engine->lock);
         stopping = engine->stopping;
         pthread_mutex_unlock(&engine->lock);
@@ -539,8 +563,13 @@ int lm_engine_acquire_locked(int threads)
     cpus = lm_sys_cpu_count();
     engine->resolver_count = threads > 0 ? clamp(threads, 1, LM_MAX_RESOLVERS) : clamp(cpus, 2, 8);
     engine->helper_count = threads > 0 ? clamp(threads, 1, LM_MAX_HELPERS) : clamp(cpus, 1, 8);
+    pthread_mutex_lock(&engine->lock); /* the courier outlives the engine, and looks at its queues */
     engine->stopping = engine->lost = false;
     lm_queue_clear(&engine->queue);
+    lm_queue_clear(&engine->remote);
+    lm_queue_clear(&engine->arrived);
+    lm_queue_clear(&engine->early);
+    pthread_mutex_unlock(&engine->lock);
     error = open_poller();
     if (error == 0)
         error = lm_engine_threads_locked();
@@ -704,10 +733,17 @@ static void after_fork_in_child(void)
 {
     int errors[LM_UFFD_COUNT] = { 0 };
     bool used[LM_UFFD_COUNT];
+    bool remote = false;
     int index, error;
     size_t i;
 
     init_sync();
+    for (i = 0; i < engine->region_count; i++)
+        remote = remote || engine->regions[i]->remote;
+    lm_queue_clear(&engine->remote);
+    lm_queue_clear(&engine->arrived);
+    lm_queue_clear(&engine->early);
+    error = lm_fetch_after_fork(remote);
     if (engine->users == 0)
         return;
     lm_queue_clear(&engine->queue);
@@ -717,10 +753,15 @@ static void after_fork_in_child(void)
     for (index = 0; index < LM_UFFD_COUNT; index++)
         used[index] = engine->uffds[index].fd >= 0;
     close_descriptors(); /* this process's copies only; the parent's go on */
-    error = open_poller();
+    if (error == 0)
+        error = open_poller();
     /* One thread will do until the child asks for more (lm_region_prefetch, another open). */
     if (error == 0)
         error = start_threads(engine->resolvers, 1, resolve);
+    if (error == 0 && remote) { /* what the courier brings is for helpers */
+        error = start_threads(engine->helpers, 1, help);
+        engine->has_helpers = error == 0;
+    }
     for (index = 0; index < LM_UFFD_COUNT; index++) {
         errors[index] = error;
         if (error == 0 && used[index])

@@ -25,6 +25,7 @@
 #define LM_MAX_RESOLVERS 64
 #define LM_MAX_HELPERS   64
 #define LM_ERROR_SLOTS   64
+#define LM_ERROR_TEXT    512
 
 struct lm_counters {
     _Atomic uint64_t faults, chunks_demand, chunks_prefetch, chunks_failed, moved_chunks;
@@ -49,9 +50,12 @@ struct lm_region {
 
     _Atomic bool guarded; /* some chunk was poisoned by PROT_NONE, for want of UFFDIO_POISON */
 
+    bool remote; /* `sources` are used, and not `fds` */
     int *fds;
+    uint32_t *sources;
     uint64_t *source_sizes;
     int source_count;
+    uint32_t coalesce_gap, coalesce_size, fetch_timeout_ms;
 
     char *url;
     uint64_t array_count;
@@ -63,7 +67,7 @@ struct lm_region {
     bool closing, closed;
     unsigned tasks; /* queued or running */
     unsigned calls; /* of the public functions, in other threads */
-    struct { uint64_t chunk; int code; } errors[LM_ERROR_SLOTS];
+    struct { uint64_t chunk; int code; char text[LM_ERROR_TEXT]; } errors[LM_ERROR_SLOTS];
     unsigned error_count;
     struct { uint64_t last, end, window; unsigned streak; } ahead;
     uint32_t readahead;
@@ -106,7 +110,10 @@ struct lm_engine {
 
     struct lm_region **regions; /* sorted by base */
     size_t region_count, region_capacity;
-    struct lm_queue queue;
+    struct lm_queue queue;     /* of chunks that need no courier */
+    struct lm_queue remote;    /* of chunks to be asked for */
+    struct lm_queue arrived;   /* tasks only: chunks whose bytes came, and somebody waits for them */
+    struct lm_queue early;     /* tasks only: the same, before anybody touched them */
 };
 
 extern struct lm_engine lm_engine;
@@ -118,6 +125,8 @@ int lm_engine_uffd_locked(int backend, int *ret_index);
 int lm_engine_threads_locked(void);        /* have all wanted threads run */
 int lm_engine_insert(struct lm_region *region);
 void lm_engine_remove(struct lm_region *region);
+/* No room in a queue: give the chunk back, and let whoever waits for it fault again. lock is held. */
+void lm_engine_turn_away_locked(const struct lm_task *task);
 /* An ioctl or read found that the application has closed our descriptors. */
 void lm_engine_note_lost(void);
 
@@ -127,13 +136,14 @@ int lm_worker_init(struct lm_worker *worker);
 void lm_worker_destroy(struct lm_worker *worker);
 
 /* report.c */
-void lm_report_failed_touch(const struct lm_region *region, uint64_t chunk, int code);
+/* text: what the store said, or NULL. */
+void lm_report_failed_touch(const struct lm_region *region, uint64_t chunk, int code, const char *text);
 void lm_report_lost_region(const struct lm_region *region, const char *when, int code);
 /* The first array with bytes in [start, end), or array_count. */
 uint64_t lm_report_find_array(const struct lm_region *region, uint64_t start, uint64_t end);
 
 /* region.c */
 uint64_t lm_region_array_end(const struct lm_region *region, uint64_t chunk); /* in chunks */
-void lm_region_record_error_locked(struct lm_region *region, uint64_t chunk, int code);
+void lm_region_record_error_locked(struct lm_region *region, uint64_t chunk, int code, const char *text);
 
 #endif

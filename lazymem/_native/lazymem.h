@@ -30,6 +30,13 @@
 #define LM_E_CLOSED     -1006 /* the region is closed or closing */
 #define LM_E_FEATURE    -1007 /* userfaultfd is there but lacks what we need */
 #define LM_E_FULL       -1008 /* too many spans are queued; wait for something and ask again */
+/* What a store said; the sentence that goes with it travels beside the code. */
+#define LM_E_STORE      -1009 /* it did not deliver, for as long as we were willing to ask */
+#define LM_E_GONE       -1010 /* nothing lies under the URL */
+#define LM_E_DENIED     -1011 /* no, or not these, credentials */
+#define LM_E_CHANGED    -1012 /* the object was replaced after it was opened */
+#define LM_E_OPTION     -1013 /* the URL or an option cannot be right */
+#define LM_E_FETCHER    -1014 /* the fetcher cannot be started, or does not answer */
 
 /* ---- chunks ---- */
 #define LM_CODEC_RAW    0
@@ -116,6 +123,103 @@ typedef struct {
 
 int lm_probe_way(int way, lm_way_report *ret_report);
 
+/* ---- the fetcher ----
+ *
+ * A process of its own that reads byte ranges of remote objects (lazymem/fetcher). It has a
+ * SOCK_SEQPACKET socket to the engine as descriptor 3 and a memfd as descriptor 4 that both map. The
+ * engine asks, and says where in that memory the bytes shall lie; the fetcher puts them there and answers
+ * once. It keeps nothing that matters: when it dies the engine starts another, tells it the sources again
+ * (LM_ASK_SOURCE) and asks again. When the socket ends it exits.
+ *
+ * A message is one packet: one of the two structures below, then payload_length bytes. This is the one
+ * definition of the protocol; Python reads it through cffi (_native/__init__.py, ASK and ANSWER).
+ */
+#define LM_FETCH_SOCKET 3
+#define LM_FETCH_MEMORY 4
+#define LM_FETCH_MESSAGE_MAX 65536 /* bytes, payload included */
+
+/* Payload: JSON {"url", "options", "size", "identity"}. From now on `source` means this object. Sent
+ * again to a new fetcher, and again with size and identity once they are known. No answer. */
+#define LM_ASK_SOURCE  1
+/* One request to the store: size and identity of the source, its last `length` bytes (or all) at `place`.
+ * Answer: DONE, length: bytes put there, payload: JSON {"size", "identity", "client"}. */
+#define LM_ASK_OPEN    2
+/* Bytes [offset, offset + length) of the source at `place`. Payload: lm_piece records, the parts of it that
+ * are worth caching one by one, in order; what lies between them need not be fetched, nor put anywhere. */
+#define LM_ASK_RANGE   3
+/* Request `id` was made ahead of need and is waited for by now. No answer of its own. */
+#define LM_ASK_PROMOTE 4
+/* Nobody needs request `id` any more. It is answered all the same (DONE or FAILED), as soon as nothing
+ * will be written to its place. */
+#define LM_ASK_CANCEL  5
+/* Forget the source. No answer; requests for it have been answered. */
+#define LM_ASK_FORGET  6
+/* Payload of the answer: JSON with the fetcher's counters. */
+#define LM_ASK_STATUS  7
+
+#define LM_ASK_DEMAND  1 /* flag: somebody waits for it; without it the request is made ahead of need */
+#define LM_ASK_REFETCH 2 /* flag: the bytes that came last time were wrong; the cache may not be believed */
+
+typedef struct {
+    uint32_t kind; /* LM_ASK_* */
+    uint32_t source;
+    uint64_t id; /* echoed in the answer */
+    uint64_t offset, length; /* bytes, in the object */
+    uint64_t place; /* in the shared memory */
+    uint32_t timeout_ms; /* until then it is tried again and again; then FAILED */
+    uint16_t flags;
+    uint16_t reserved;
+    uint32_t payload_length;
+    uint32_t reserved1;
+} lm_ask;
+
+typedef struct {
+    uint64_t offset; /* in the object */
+    uint64_t length;
+} lm_piece;
+
+#define LM_ANSWER_DONE   1
+#define LM_ANSWER_FAILED 2 /* payload: one sentence, UTF-8, free of secrets */
+
+typedef struct {
+    uint32_t kind; /* LM_ANSWER_* */
+    int32_t code;  /* FAILED: LM_E_* */
+    uint64_t id;
+    uint64_t length;    /* bytes put in place */
+    uint64_t received;  /* bytes of body that came from the store for it, all attempts; 0 from the cache */
+    uint32_t requests;  /* sent to the store for it */
+    uint32_t payload_length;
+} lm_answer;
+
+/* How to start it: argc arguments and then envc variables, each ended by a zero. The first call of a
+ * process counts, later ones change nothing. */
+int lm_fetch_command(const char *strings, size_t length, unsigned argc, unsigned envc);
+
+/* A remote object by number, from the JSON of LM_ASK_SOURCE. Regions that read it keep it for themselves. */
+int lm_source_open(const char *text, size_t length);
+int lm_source_update(uint32_t source, const char *text, size_t length);
+void lm_source_close(uint32_t source);
+
+/* A question of the caller's own: LM_ASK_OPEN, LM_ASK_RANGE or LM_ASK_STATUS. LM_E_FULL: later. Every
+ * question that got an id is taken or dropped. In the child of a fork the parent's ids are -ESRCH. */
+int lm_fetch_ask(uint32_t kind, uint32_t source, uint64_t offset, uint64_t length, uint32_t timeout_ms,
+                 uint64_t *ret_id);
+/* 1: it is answered. 0: time ran out. Negative: LM_E_*, and the text to be taken says more. */
+int lm_fetch_wait(uint64_t id, int timeout_ms);
+#define LM_FETCH_TEXT 4096
+typedef struct {
+    uint64_t length; /* bytes copied to `out` */
+    uint64_t received;
+    uint32_t requests;
+    uint32_t text_length;
+    char text[4096];
+} lm_fetch_result;
+int lm_fetch_take(uint64_t id, void *out, size_t length, lm_fetch_result *ret_result);
+void lm_fetch_drop(uint64_t id);
+
+int lm_fetcher_pid(void);         /* 0: none runs */
+uint64_t lm_fetcher_starts(void); /* in this process, restarts counted */
+
 /* ---- regions ---- */
 #define LM_BACKEND_UFFD      0 /* device, else system call */
 #define LM_BACKEND_UFFD_USER 1
@@ -141,9 +245,13 @@ typedef struct {
     uint64_t run_count;
     const lm_chunk_record *records;
     uint64_t record_count;
-    const int *fds;             /* sources; duplicated */
+    const int *fds;             /* sources; duplicated. -1: a remote one */
+    const uint32_t *sources;    /* numbers of lm_source_open where fds are -1. May be absent */
     const uint64_t *source_sizes;
-    int source_count;
+    int source_count;           /* all of them local, or all of them remote */
+    /* Of remote sources: chunks at most this many bytes apart become one request, of this size at most;
+     * and how long a request is tried again. */
+    uint32_t coalesce_gap, coalesce_size, fetch_timeout_ms;
     const char *url;            /* for the line that a failed touch prints */
     /* Non-empty arrays sorted by offset: named in the same line, and read-ahead ends where they end.
      * May be absent. */
@@ -190,6 +298,8 @@ int lm_region_prefetch(lm_region *region, uint64_t first, uint64_t count, int ur
  * with *ret_chunk naming it. Restartable: *cursor says how far it got (start it at first). */
 int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeout_ms,
                    uint64_t *cursor, uint64_t *ret_chunk);
+/* What is known of the last failure of a chunk beyond its code: a sentence of the store's, or "". */
+int lm_region_error_text(lm_region *region, uint64_t chunk, char *out, size_t length);
 /* memcpy out of the region; the caller has populated the range. */
 int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length);
 

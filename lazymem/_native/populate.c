@@ -16,9 +16,11 @@
 
 #include "codec.h"
 #include "engine.h"
+#include "fetch.h"
 #include "sys.h"
 #include "uffd.h"
 
+#define LM_FETCH_ATTEMPTS 3 /* to bring bytes that match their checksum; the fetcher's own come on top */
 #define LM_READ_ATTEMPTS 3 /* of a local file: EIO from a disk can pass, a short file does not */
 
 int lm_worker_init(struct lm_worker *worker)
@@ -85,38 +87,52 @@ static int read_stored(struct lm_region *region, const lm_chunk_record *record, 
     return error;
 }
 
-/* The chunk's bytes at `target`, zeros after the end of the content. */
-static int produce(struct lm_worker *worker, struct lm_region *region, uint64_t chunk,
-                   unsigned char *target)
+/* The chunk's bytes at `target`, zeros after the end of the content; or at *ret_bytes, where they came as
+ * they are to be and need no copy. */
+static int produce(struct lm_worker *worker, const struct lm_task *task, unsigned char *target,
+                   const unsigned char **ret_bytes)
 {
-    const lm_chunk_record *record = lm_table_record(&region->table, chunk);
-    size_t raw_length = lm_table_raw_length(&region->table, chunk);
+    struct lm_region *region = task->region;
+    const lm_chunk_record *record = lm_table_record(&region->table, task->chunk);
+    size_t raw_length = lm_table_raw_length(&region->table, task->chunk);
     size_t chunk_size = (size_t)1 << region->table.chunk_shift;
-    unsigned char *stored = target;
+    bool is_plain = record->codec == LM_CODEC_RAW && record->filter == LM_FILTER_NONE;
+    const unsigned char *stored = task->stored;
     uint64_t time = lm_sys_now_ns();
     int error = 0;
 
     if (record->stored_length > raw_length)
         return LM_E_RECORD;
-    if (record->codec != LM_CODEC_RAW || record->filter != LM_FILTER_NONE) {
-        error = grow(&worker->stored, &worker->stored_length, chunk_size);
-        stored = worker->stored;
+    if (stored == NULL) {
+        unsigned char *buffer = target;
+
+        if (!is_plain) {
+            error = grow(&worker->stored, &worker->stored_length, chunk_size);
+            buffer = worker->stored;
+        }
+        if (error == 0)
+            error = read_stored(region, record, buffer);
+        stored = buffer;
+        time = lap(&region->counters.read_ns, time);
     }
-    if (error == 0)
-        error = read_stored(region, record, stored);
-    time = lap(&region->counters.read_ns, time);
     if (error == 0)
         error = lm_codec_check(record, stored);
     time = lap(&region->counters.check_ns, time);
+    if (error == 0 && is_plain && task->stored != NULL && record->stored_length == chunk_size &&
+        region->backend != LM_BACKEND_EAGER) {
+        *ret_bytes = stored;
+        return 0;
+    }
     if (error == 0)
         error = lm_codec_decode(worker->decoder, record, stored, target, raw_length);
     if (error == 0)
         memset(target + raw_length, 0, chunk_size - raw_length);
+    *ret_bytes = target;
     (void)lap(&region->counters.decode_ns, time);
     return error;
 }
 
-static int install(struct lm_region *region, unsigned char *to, unsigned char *from, bool by_move)
+static int install(struct lm_region *region, unsigned char *to, const unsigned char *from, bool by_move)
 {
     size_t length = (size_t)1 << region->table.chunk_shift, moved = 0;
     int fd;
@@ -125,7 +141,7 @@ static int install(struct lm_region *region, unsigned char *to, unsigned char *f
         return 0; /* decoded in place: nobody sees the region before it is whole */
     fd = lm_engine.uffds[region->uffd].fd;
     if (by_move) {
-        (void)lm_uffd_move(fd, (uintptr_t)to, from, length, &moved);
+        (void)lm_uffd_move(fd, (uintptr_t)to, (void *)(uintptr_t)from, length, &moved);
         if (moved == length) {
             add(&region->counters.moved_chunks, 1);
             return 0;
@@ -169,19 +185,22 @@ static void heal(struct lm_region *region, unsigned char *at)
         (void)lm_sys_protect(at, (size_t)1 << region->table.chunk_shift, region->prot);
 }
 
-static void record_error(struct lm_region *region, uint64_t chunk, int code)
+static void record_error(struct lm_region *region, uint64_t chunk, int code, const char *text)
 {
     add(&region->counters.chunks_failed, 1);
     pthread_mutex_lock(&lm_engine.lock);
-    lm_region_record_error_locked(region, chunk, code);
+    lm_region_record_error_locked(region, chunk, code, text);
     pthread_mutex_unlock(&lm_engine.lock);
 }
 
-static void settle_failure(struct lm_region *region, uint64_t chunk, int code)
+static void settle_failure(const struct lm_task *task, int code)
 {
+    struct lm_region *region = task->region;
+    uint64_t chunk = task->chunk;
     unsigned char *at = region->base + (chunk << region->table.chunk_shift);
+    const char *text = task->range != NULL && task->error != 0 ? task->range->text : NULL;
 
-    record_error(region, chunk, code);
+    record_error(region, chunk, code, text);
     if (region->backend == LM_BACKEND_EAGER) {
         lm_table_publish(&region->table, chunk, LM_STATE_FAILED);
         return;
@@ -189,7 +208,7 @@ static void settle_failure(struct lm_region *region, uint64_t chunk, int code)
     if (lm_table_fail(&region->table, chunk))
         return; /* nobody has touched it */
     /* The line comes first: the signal may end the process. */
-    lm_report_failed_touch(region, chunk, code);
+    lm_report_failed_touch(region, chunk, code, text);
     poison(region, at);
     lm_table_publish(&region->table, chunk, LM_STATE_POISONED);
     wake(region, at, (size_t)1 << region->table.chunk_shift);
@@ -223,24 +242,25 @@ static bool page_is_resident(const struct lm_task *task)
 }
 
 /* The chunk's bytes, ready to be installed, at *ret_bytes; NULL for zeros. */
-static int prepare(struct lm_worker *worker, const struct lm_task *task, unsigned char **ret_bytes)
+static int prepare(struct lm_worker *worker, const struct lm_task *task, const unsigned char **ret_bytes)
 {
     struct lm_region *region = task->region;
-    int error = 0;
+    unsigned char *target;
+    int error = task->error;
 
     *ret_bytes = NULL;
-    if (lm_table_record(&region->table, task->chunk) == NULL)
-        return 0;
+    if (error < 0 || lm_table_record(&region->table, task->chunk) == NULL)
+        return error;
     if (region->backend == LM_BACKEND_EAGER) {
-        *ret_bytes = region->base + (task->chunk << region->table.chunk_shift);
+        target = region->base + (task->chunk << region->table.chunk_shift);
     } else {
         error = grow(&worker->plain, &worker->plain_length, (size_t)1 << region->table.chunk_shift);
-        *ret_bytes = worker->plain;
+        target = worker->plain;
     }
-    return error < 0 ? error : produce(worker, region, task->chunk, *ret_bytes);
+    return error < 0 ? error : produce(worker, task, target, ret_bytes);
 }
 
-static int install_any(struct lm_region *region, unsigned char *at, unsigned char *bytes, bool by_move)
+static int install_any(struct lm_region *region, unsigned char *at, const unsigned char *bytes, bool by_move)
 {
     int error;
 
@@ -251,23 +271,59 @@ static int install_any(struct lm_region *region, unsigned char *at, unsigned cha
     return error;
 }
 
+/* The chunk is LOADING and this thread's: have its bytes brought, once more perhaps. */
+static void fetch_again(const struct lm_task *task, unsigned attempts)
+{
+    struct lm_task again = { .region = task->region,
+                             .chunk = task->chunk,
+                             .start_ns = task->start_ns,
+                             .kind = task->kind == LM_TASK_PREFETCH ? LM_TASK_PREFETCH : LM_TASK_DEMAND,
+                             .attempts = attempts };
+
+    pthread_mutex_lock(&lm_engine.lock);
+    task->region->tasks++;
+    if (!lm_queue_push_task(&lm_engine.remote, &again))
+        lm_engine_turn_away_locked(&again);
+    lm_fetch_wake_locked();
+    pthread_mutex_unlock(&lm_engine.lock);
+}
+
+/* Bytes that came over a network and are wrong may be right the next time. */
+static bool is_worth_another_try(const struct lm_task *task, int error)
+{
+    bool closing;
+
+    if (task->stored == NULL || task->error != 0 || task->attempts >= LM_FETCH_ATTEMPTS - 1 ||
+        (error != LM_E_CHECKSUM && error != LM_E_DECODE))
+        return false;
+    pthread_mutex_lock(&lm_engine.lock);
+    closing = task->region->closing;
+    pthread_mutex_unlock(&lm_engine.lock);
+    return !closing;
+}
+
 /* A fault message for a chunk that is not absent. Nearly always an old one: wake, and be done. */
 static int recheck(struct lm_worker *worker, const struct lm_task *task)
 {
     struct lm_region *region = task->region;
     size_t chunk_size = (size_t)1 << region->table.chunk_shift;
     unsigned char *at = region->base + (task->chunk << region->table.chunk_shift);
-    unsigned char *bytes;
+    const unsigned char *bytes;
     int error = 0;
 
     if ((lm_table_state(&region->table, task->chunk) & LM_TABLE_STATE) == LM_STATE_PRESENT &&
         !page_is_resident(task)) {
+        if (region->remote && lm_table_record(&region->table, task->chunk) != NULL &&
+            lm_table_reclaim(&region->table, task->chunk)) {
+            fetch_again(task, 0); /* it wakes whoever waits */
+            return 0;
+        }
         error = prepare(worker, task, &bytes);
         if (error == 0)
             error = install_any(region, at, bytes, false);
         if (error < 0 && lm_table_condemn(&region->table, task->chunk)) {
-            record_error(region, task->chunk, error);
-            lm_report_failed_touch(region, task->chunk, error);
+            record_error(region, task->chunk, error, NULL);
+            lm_report_failed_touch(region, task->chunk, error, NULL);
             poison(region, at);
         }
     }
@@ -281,18 +337,22 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
     size_t chunk_size = (size_t)1 << region->table.chunk_shift;
     unsigned char *at = region->base + (task->chunk << region->table.chunk_shift);
     bool by_move = region->install == LM_INSTALL_MOVE;
-    unsigned char *bytes;
+    const unsigned char *bytes;
     uint64_t time;
     int error;
 
     if (task->kind == LM_TASK_RECHECK)
         return recheck(worker, task);
     error = prepare(worker, task, &bytes);
+    if (error < 0 && is_worth_another_try(task, error)) {
+        fetch_again(task, task->attempts + 1);
+        return error;
+    }
     time = lm_sys_now_ns();
-    if (error == 0)
-        error = install_any(region, at, bytes, by_move);
+    if (error == 0) /* bytes in the memory shared with the fetcher stay there: only copied */
+        error = install_any(region, at, bytes, by_move && bytes == worker->plain);
     if (error < 0) {
-        settle_failure(region, task->chunk, error);
+        settle_failure(task, error);
         return error;
     }
     /* Counted first, so that whoever is woken finds its own fault in the counters. */

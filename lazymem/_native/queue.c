@@ -27,6 +27,28 @@ bool lm_queue_pop_task(struct lm_queue *queue, struct lm_task *ret_task)
     return true;
 }
 
+bool lm_queue_move_task(struct lm_queue *from, struct lm_queue *to, const struct lm_region *region,
+                        uint64_t chunk)
+{
+    unsigned i;
+
+    for (i = 0; i < from->task_count; i++) {
+        struct lm_task *task = &from->tasks[(from->task_head + i) % LM_QUEUE_TASKS];
+        struct lm_task found = *task;
+
+        if (found.region != region || found.chunk != chunk || to->task_count == LM_QUEUE_TASKS)
+            continue;
+        *task = from->tasks[from->task_head]; /* the first takes its place */
+        from->task_head = (from->task_head + 1) % LM_QUEUE_TASKS;
+        from->task_count--;
+        to->task_head = (to->task_head + LM_QUEUE_TASKS - 1) % LM_QUEUE_TASKS;
+        to->tasks[to->task_head] = found;
+        to->task_count++;
+        return true;
+    }
+    return false;
+}
+
 bool lm_queue_push_span(struct lm_queue *queue, const struct lm_span *span, bool front)
 {
     unsigned at;

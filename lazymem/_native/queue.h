@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 struct lm_region;
+struct lm_range;
 
 enum lm_task_kind {
     LM_TASK_DEMAND,   /* claimed; somebody waits on a page of it */
@@ -23,6 +24,12 @@ struct lm_task {
     uint64_t address;  /* RECHECK: the page */
     uint64_t start_ns; /* when its message was read */
     enum lm_task_kind kind;
+    /* Of a remote chunk: how often its bytes came and were wrong. Once delivered: its range, and the
+     * stored bytes there, or why there are none. */
+    unsigned attempts;
+    struct lm_range *range;
+    const unsigned char *stored;
+    int error;
 };
 
 struct lm_span {
@@ -44,6 +51,9 @@ void lm_queue_clear(struct lm_queue *queue);
 /* False if full. */
 bool lm_queue_push_task(struct lm_queue *queue, const struct lm_task *task);
 bool lm_queue_pop_task(struct lm_queue *queue, struct lm_task *ret_task);
+/* Move the task of a chunk from one queue to the front of another. False if there is none. */
+bool lm_queue_move_task(struct lm_queue *from, struct lm_queue *to, const struct lm_region *region,
+                        uint64_t chunk);
 /* front: before all others. */
 bool lm_queue_push_span(struct lm_queue *queue, const struct lm_span *span, bool front);
 /* The first span, to be advanced in place; NULL if there is none. */

@@ -9,6 +9,8 @@
 #include <sys/mman.h>
 
 #include "engine.h"
+#include "fetch.h"
+#include "source.h"
 #include "sys.h"
 #include "uffd.h"
 
@@ -78,6 +80,7 @@ static struct lm_region *lay_out(struct arena *arena, const lm_region_spec *spec
 
     into->registered = carve(arena, (size_t)(holes + 1) * sizeof *into->registered);
     into->fds = carve(arena, sources * sizeof *into->fds);
+    into->sources = carve(arena, sources * sizeof *into->sources);
     into->source_sizes = carve_copy(arena, spec->source_sizes, sources * sizeof *into->source_sizes);
     into->url = carve_copy(arena, spec->url, strlen(spec->url) + 1);
     into->array_offsets = carve_copy(arena, spec->array_offsets, arrays * sizeof *into->array_offsets);
@@ -114,8 +117,12 @@ static void give_back(struct lm_region *region)
 
     lm_sys_free(region->base, region->size);
     region->base = NULL;
-    for (i = 0; i < region->source_count; i++)
-        lm_sys_close(region->fds[i]);
+    for (i = 0; i < region->source_count; i++) {
+        if (region->remote)
+            lm_source_close(region->sources[i]);
+        else
+            lm_sys_close(region->fds[i]);
+    }
     region->source_count = 0;
     lm_table_destroy(&region->table);
 }
@@ -145,10 +152,33 @@ static int check_spec(const lm_region_spec *spec)
     return 0;
 }
 
+static int keep_remote_sources(struct lm_region *region, const lm_region_spec *spec)
+{
+    int i, error = 0;
+
+    region->remote = true;
+    region->coalesce_gap = spec->coalesce_gap;
+    region->coalesce_size = spec->coalesce_size;
+    region->fetch_timeout_ms = spec->fetch_timeout_ms;
+    pthread_mutex_lock(&lm_engine.lock);
+    for (i = 0; i < spec->source_count && error == 0; i++) {
+        if (spec->fds[i] >= 0 || spec->sources == NULL || lm_source_get(spec->sources[i]) == NULL) {
+            error = -EBADF;
+        } else {
+            lm_source_use(spec->sources[i]);
+            region->sources[region->source_count++] = spec->sources[i];
+        }
+    }
+    pthread_mutex_unlock(&lm_engine.lock);
+    return error;
+}
+
 static int duplicate_sources(struct lm_region *region, const lm_region_spec *spec)
 {
     int i;
 
+    if (spec->source_count > 0 && spec->fds[0] < 0)
+        return keep_remote_sources(region, spec);
     for (i = 0; i < spec->source_count; i++) {
         int fd = lm_sys_dup(spec->fds[i]);
 
@@ -257,6 +287,11 @@ int lm_region_open(const lm_region_spec *spec, lm_region **ret_region)
     if (error == 0) {
         pthread_mutex_lock(&lm_engine.lifecycle);
         error = lm_engine_acquire_locked(spec->threads);
+        if (error == 0 && region->remote) {
+            error = lm_fetch_start_locked();
+            if (error < 0)
+                lm_engine_release_locked();
+        }
         if (error == 0) {
             error = attach_locked(region, spec, hole_size);
             if (error < 0)
@@ -361,6 +396,8 @@ void lm_region_close(lm_region *region)
     mine = !region->closing;
     region->closing = true;
     lm_queue_drop_spans(&lm_engine.queue, region);
+    if (mine && region->remote)
+        lm_fetch_forget_locked(region);
     pthread_cond_broadcast(&lm_engine.progress);
     while (mine ? region->tasks > 0 || region->calls > 0 : !region->closed)
         pthread_cond_wait(&lm_engine.progress, &lm_engine.lock);
@@ -531,11 +568,14 @@ static int queue_span(struct lm_region *region, uint64_t first, uint64_t count, 
     pthread_mutex_lock(&lm_engine.lock);
     if (region->closing)
         error = LM_E_CLOSED;
-    else if (!lm_queue_push_span(&lm_engine.queue, &span, urgent))
+    else if (!lm_queue_push_span(region->remote ? &lm_engine.remote : &lm_engine.queue, &span, urgent))
         error = LM_E_FULL;
     if (error == 0) {
         reset_failed_locked(region, first, first + count);
-        pthread_cond_broadcast(&lm_engine.work);
+        if (region->remote)
+            lm_fetch_wake_locked();
+        else
+            pthread_cond_broadcast(&lm_engine.work);
     }
     pthread_mutex_unlock(&lm_engine.lock);
     return error;
@@ -556,15 +596,19 @@ int lm_region_prefetch(lm_region *region, uint64_t first, uint64_t count, int ur
                              : queue_span(region, first, count, urgent != 0));
 }
 
-void lm_region_record_error_locked(struct lm_region *region, uint64_t chunk, int code)
+void lm_region_record_error_locked(struct lm_region *region, uint64_t chunk, int code, const char *text)
 {
     unsigned slot = region->error_count++ % LM_ERROR_SLOTS;
+    size_t length = text == NULL ? 0 : strnlen(text, LM_ERROR_TEXT - 1);
 
     region->errors[slot].chunk = chunk;
     region->errors[slot].code = code;
+    memcpy(region->errors[slot].text, text == NULL ? "" : text, length);
+    region->errors[slot].text[length] = '\0';
 }
 
-static int find_error_locked(const struct lm_region *region, uint64_t chunk)
+/* The slot of a chunk's last error; -1: it failed, but so did many since. */
+static int find_slot_locked(const struct lm_region *region, uint64_t chunk)
 {
     unsigned kept = region->error_count < LM_ERROR_SLOTS ? region->error_count : LM_ERROR_SLOTS;
     unsigned i;
@@ -573,9 +617,34 @@ static int find_error_locked(const struct lm_region *region, uint64_t chunk)
         unsigned slot = (region->error_count - i) % LM_ERROR_SLOTS;
 
         if (region->errors[slot].chunk == chunk)
-            return region->errors[slot].code;
+            return (int)slot;
     }
-    return -EIO; /* it failed, but so did many since */
+    return -1;
+}
+
+static int find_error_locked(const struct lm_region *region, uint64_t chunk)
+{
+    int slot = find_slot_locked(region, chunk);
+
+    return slot < 0 ? -EIO : region->errors[slot].code;
+}
+
+int lm_region_error_text(lm_region *region, uint64_t chunk, char *out, size_t length)
+{
+    int slot, error = length == 0 ? -EINVAL : enter(region);
+    size_t copied = 0;
+
+    if (error < 0)
+        return error;
+    pthread_mutex_lock(&lm_engine.lock);
+    slot = find_slot_locked(region, chunk);
+    if (slot >= 0) {
+        copied = strnlen(region->errors[slot].text, length - 1);
+        memcpy(out, region->errors[slot].text, copied);
+    }
+    pthread_mutex_unlock(&lm_engine.lock);
+    out[copied] = '\0';
+    return leave(region, 0);
 }
 
 /* 1: all there. 0: not yet. Negative: a chunk failed. */
@@ -597,14 +666,6 @@ static int scan_locked(lm_region *region, uint64_t end, uint64_t *cursor, uint64
         }
     }
     return 1;
-}
-
-static void deadline_after(int timeout_ms, struct timespec *ret_deadline)
-{
-    uint64_t at = lm_sys_now_ns() + (uint64_t)timeout_ms * 1000000u;
-
-    ret_deadline->tv_sec = (time_t)(at / 1000000000u);
-    ret_deadline->tv_nsec = (long)(at % 1000000000u);
 }
 
 static int map_wait(lm_region *region, uint64_t end, int timeout_ms, uint64_t *cursor,
@@ -643,7 +704,7 @@ int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeou
         return error;
     if (region->backend == LM_BACKEND_MAP)
         return leave(region, map_wait(region, first + count, timeout_ms, cursor, ret_chunk));
-    deadline_after(timeout_ms, &deadline);
+    lm_sys_deadline(timeout_ms, &deadline);
     pthread_mutex_lock(&lm_engine.lock);
     for (;;) {
         result = region->closing ? LM_E_CLOSED : scan_locked(region, first + count, cursor, ret_chunk);

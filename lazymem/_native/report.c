@@ -19,6 +19,11 @@ static const char *cause(int code, char *buffer, size_t length)
     case LM_E_DECODE: return "the stored bytes do not decode to the chunk's size";
     case LM_E_RECORD: return "the chunk's record is not valid";
     case LM_E_CODEC: return "the decoder for this chunk is not installed";
+    case LM_E_STORE: return "the store did not deliver the bytes";
+    case LM_E_GONE: return "nothing lies under the URL any more";
+    case LM_E_DENIED: return "the store refuses access";
+    case LM_E_CHANGED: return "the object was replaced after it was opened";
+    case LM_E_FETCHER: return "the fetcher does not answer";
     default:
         /* Not strerror: this one has no translation catalogue, hence no allocation. */
         snprintf(buffer, length, "errno %d (%s)", -code, strerrordesc_np(-code));
@@ -54,7 +59,16 @@ uint64_t lm_report_find_array(const struct lm_region *region, uint64_t start, ui
     return low < region->array_count && region->array_offsets[low] < end ? low : region->array_count;
 }
 
-void lm_report_failed_touch(const struct lm_region *region, uint64_t chunk, int code)
+/* What the store said, without the URL that stands in the line already. */
+static const char *without_url(const struct lm_region *region, const char *said)
+{
+    size_t length = strlen(region->url);
+
+    return strncmp(said, region->url, length) == 0 && strncmp(said + length, ": ", 2) == 0 ? said + length + 2
+                                                                                         : said;
+}
+
+void lm_report_failed_touch(const struct lm_region *region, uint64_t chunk, int code, const char *said)
 {
     uint64_t start = chunk << region->table.chunk_shift;
     uint64_t end = start + lm_table_raw_length(&region->table, chunk);
@@ -70,9 +84,11 @@ void lm_report_failed_touch(const struct lm_region *region, uint64_t chunk, int 
     }
     length = snprintf(line, sizeof line,
                       "lazymem: SIGBUS follows: touched memory cannot be filled: %.2048s: chunk %llu "
-                      "(%sbytes %llu to %llu of the content): %s; `lazymem verify` lists all bad chunks\n",
+                      "(%sbytes %llu to %llu of the content): %.1024s%s\n",
                       region->url, (unsigned long long)chunk, name, (unsigned long long)start,
-                      (unsigned long long)end - 1, cause(code, text, sizeof text));
+                      (unsigned long long)end - 1,
+                      said != NULL && said[0] != '\0' ? without_url(region, said) : cause(code, text, sizeof text),
+                      said != NULL && said[0] != '\0' ? "" : "; `lazymem verify` lists all bad chunks");
     print(line, length, sizeof line);
 }
 

@@ -30,6 +30,14 @@ uint64_t lm_sys_now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+void lm_sys_deadline(int timeout_ms, struct timespec *ret_deadline)
+{
+    uint64_t at = lm_sys_now_ns() + (uint64_t)timeout_ms * 1000000u;
+
+    ret_deadline->tv_sec = (time_t)(at / 1000000000u);
+    ret_deadline->tv_nsec = (long)(at % 1000000000u);
+}
+
 size_t lm_sys_page_size(void)
 {
     return (size_t)sysconf(_SC_PAGESIZE);
@@ -144,6 +152,31 @@ int lm_sys_alloc_buffer(size_t length, void **ret_memory)
         return error;
     }
     (void)lm_sys_advise(memory, length, MADV_HUGEPAGE); /* slower without, not wrong */
+    *ret_memory = memory;
+    return 0;
+}
+
+int lm_sys_shared_memory(size_t length)
+{
+    int fd = memfd_create("lazymem", MFD_CLOEXEC | MFD_ALLOW_SEALING), error;
+
+    if (fd < 0)
+        return -errno;
+    /* Sealed: were it cut short by the other side, touching it would raise SIGBUS here. */
+    if (ftruncate(fd, (off_t)length) == 0 &&
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0)
+        return fd;
+    error = -errno;
+    (void)close(fd);
+    return error;
+}
+
+int lm_sys_map_shared(int fd, size_t length, void **ret_memory)
+{
+    void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+
+    if (memory == MAP_FAILED)
+        return -errno;
     *ret_memory = memory;
     return 0;
 }

@@ -10,10 +10,13 @@
 #include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 
 #define LM_HUGE_PAGE ((size_t)2 << 20)
 
 uint64_t lm_sys_now_ns(void); /* CLOCK_MONOTONIC */
+/* For pthread_cond_timedwait on that clock. */
+void lm_sys_deadline(int timeout_ms, struct timespec *ret_deadline);
 size_t lm_sys_page_size(void);
 int lm_sys_cpu_count(void); /* this thread's affinity */
 
@@ -34,6 +37,9 @@ int lm_sys_reserve(size_t length, size_t alignment, void **ret_memory);
 /* Memory like lm_sys_alloc's that is written through again and again: huge pages where it is long enough,
  * so that the first use of a worker costs a few page faults and not thousands. */
 int lm_sys_alloc_buffer(size_t length, void **ret_memory);
+/* A memfd of that size, for good; shared with whoever gets the descriptor. */
+int lm_sys_shared_memory(size_t length);
+int lm_sys_map_shared(int fd, size_t length, void **ret_memory);
 int lm_sys_map_fixed(void *address, size_t length, int prot, int flags, int fd, uint64_t offset);
 int lm_sys_protect(void *address, size_t length, int prot);
 int lm_sys_advise(void *address, size_t length, int advice);

@@ -153,6 +153,14 @@ bool lm_table_condemn(struct lm_table *table, uint64_t chunk)
     return atomic_compare_exchange_strong(&table->states[chunk], &state, LM_STATE_POISONED);
 }
 
+bool lm_table_reclaim(struct lm_table *table, uint64_t chunk)
+{
+    uint8_t state = LM_STATE_PRESENT;
+
+    return atomic_compare_exchange_strong(&table->states[chunk], &state,
+                                          LM_STATE_LOADING | LM_TABLE_WANTED);
+}
+
 void lm_table_abandon(struct lm_table *table)
 {
     uint64_t chunk;

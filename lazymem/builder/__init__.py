@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`build`: makes a snapshot file of arrays, containers, streams or another snapshot.
 
-Owns what happens to the destination: it appears whole and synced, or not at all.
+Sources and destination may lie in any store. Owns which destination may be replaced.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, cast
 
 from ..containers.base import Directory
-from ..containers.detect import open_container
+from ..destination import Destination
 from ..errors import BuildError, OptionError
-from ..format.reader import has_magic, open_snapshot
 from ..format.writer import SnapshotWriter, metadata_section
-from ..options import DEFAULT_CHUNK_SIZE, BuildOptions
-from ..store.local import AtomicFile, LocalBlob
+from ..opener import LocationOpener, location_of
+from ..options import DEFAULT_CHUNK_SIZE, BuildOptions, StoreOptions
+from ..recognizer import recognize
+from ..store import locations
+from ..store.base import Opener
 from .containers import ContainerSource, combine
 from .sources import ArraySource, SnapshotSource, Source, StreamSource, file_name_of
 
@@ -35,7 +37,7 @@ BuildSource = StrPath | Mapping[str, Any] | Sequence[StrPath] | BinaryIO
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """What `build` made. arrays: without hidden ones. Sizes in bytes.
+    """What `build` made. path: or URL, free of secrets. arrays: without hidden ones. Sizes in bytes.
 
     content_bytes: of the region that shows the snapshot. source_bytes: of what went in.
     chunks: all of them; zero_chunks take no bytes, raw_chunks did not shrink. digest: hexadecimal.
@@ -68,45 +70,45 @@ def build(
     metadata: Mapping[str, Any] | None = None,
     array_metadata: Mapping[str, Mapping[str, Any]] | None = None,
     overwrite: bool | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
-    """Build the snapshot file `destination` from `source`, and say what was built.
+    """Build the snapshot `destination`, a path or URL, from `source`, and say what was built.
 
-    source: a mapping of names to arrays; the path of a container (.npy, .npz, .safetensors, a folder
-        or index of shards), of a snapshot, or of any other file, whose bytes become the array
-        "data"; a list of such paths; a binary file object; or "-" for standard input.
+    source: a mapping of names to arrays; the path or URL of a container (.npy, .npz, .safetensors, a
+        folder or index of shards), of a snapshot, or of any other file, whose bytes become the array
+        "data"; a list of such; a binary file object; or "-" for standard input.
     codec, level, chunk_size, planes, threads: see `BuildOptions`.
     metadata, array_metadata: JSON, kept with what the source says, over which they win.
     overwrite: whether to replace an existing destination: None, if it is a snapshot or empty; True,
-        any regular file; False, none. Source and destination may be one file, but a container that
-        `extract` could not give back exactly is never replaced.
+        any regular file; False, none (in object stores: If-None-Match). Source and destination may be
+        one file, but a container that `extract` could not give back exactly is never replaced.
+    storage_options: how stores are reached, see `lazymem.options.StoreOptions`; boto3's environment
+        variables and files count too. No cache on disk is used: a build reads everything once.
     progress: called with (bytes done, bytes in all or None).
 
-    Blocks. Needs memory for (5 threads + 6) chunks and 64 bytes per stored chunk, whatever the size
-    of the source; only arrays of a mapping are in memory already. The destination appears, synced,
-    when everything is written; a build that fails or is killed leaves nothing that looks like one.
+    Blocks. Needs memory for (5 threads + 6) chunks and 64 bytes per stored chunk, and some 100 MiB for
+    each end that is remote, whatever the size of the source; only arrays of a mapping are in memory
+    already. The destination appears, synced or uploaded in full, when everything is written; a build
+    that fails or is interrupted leaves nothing that looks like one, and no parts of an upload.
 
     Raises `BuildError`, `AccessDenied`, `OptionError`, `UnsupportedDtype`, and what reading the
     source raises: `SnapshotNotFound`, `FormatError`, `ReadError`, `ChunkCorrupt`.
     """
     started = time.monotonic()
     options = BuildOptions(codec, level, chunk_size, planes, threads)
-    path = os.fspath(destination)
-    if "://" in path:
-        raise BuildError(f"{path}: is a URL; build to a local path and copy the file there")
-    if path == "-":
-        raise OptionError("the destination is '-', but a snapshot is always a file; name one (`./-`, say)")
+    store_options = StoreOptions.from_environment(storage_options, cache=False)
+    target = Destination(location_of(destination, "the destination"), store_options, overwrite)
     metadata_section(metadata or {}, array_metadata or {})  # refuse it before the work, not after
     with ExitStack() as stack:
-        opened = _open_source(source)
+        opened = _open_source(source, LocationOpener(store_options))
         stack.callback(opened.close)
         unknown = set(array_metadata or {}) - set(opened.names)
         if unknown:
             raise OptionError(f"array_metadata names {min(unknown)!r}, which the source does not have")
-        if overwrite is None:
-            _check_replaced(path)
-        target = stack.enter_context(AtomicFile(path, overwrite is not False))
-        writer = stack.enter_context(SnapshotWriter(target.file, options, created_by=_created_by()))
+        target.check_replaced()
+        file = stack.enter_context(target.writer()).file
+        writer = stack.enter_context(SnapshotWriter(file, options, created_by=_created_by()))
         offsets, own_metadata = _copy(opened, writer, progress)
         for name, values in (array_metadata or {}).items():
             own_metadata[name] = {**own_metadata.get(name, {}), **values}
@@ -120,12 +122,11 @@ def build(
         exact = origin is None or origin.exact
         reason = None if origin is None else origin.reason
         if not exact and isinstance(opened, ContainerSource):
-            _check_source_stays(path, opened, reason)
-        if overwrite is None:
-            _check_replaced(path)  # again: hours may have passed
+            _check_source_stays(target, opened, reason)
+        target.check_replaced()
         arrays, source_bytes = len(opened.names), opened.source_bytes
     return BuildReport(
-        path=path,
+        path=target.url,
         arrays=arrays,
         content_bytes=result.content_bytes,
         source_bytes=source_bytes,
@@ -140,31 +141,11 @@ def build(
     )
 
 
-def _check_replaced(path: str) -> None:
-    """Refuse a destination that is somebody's data: a regular file that is neither empty nor a snapshot."""
-    try:
-        info = os.stat(path)
-    except (OSError, ValueError):
-        return  # nothing to lose; AtomicFile says what is wrong
-    if not stat.S_ISREG(info.st_mode) or info.st_size == 0:
-        return
-    with LocalBlob(path) as blob:
-        if not has_magic(blob):
-            raise BuildError(
-                f"{path}: exists and is not a snapshot; choose another name, or pass overwrite=True "
-                "(--overwrite) to replace it"
-            )
-
-
-def _check_source_stays(path: str, source: ContainerSource, reason: str | None) -> None:
+def _check_source_stays(target: Destination, source: ContainerSource, reason: str | None) -> None:
     """Refuse to replace a file by a snapshot from which it could not be had again."""
-    try:
-        info = os.stat(path)
-    except OSError:
-        return
-    if source.reads(info):
+    if target.is_one_of(source.files):
         raise BuildError(
-            f"{path}: is the source, and could not be given back byte for byte ({reason}); "
+            f"{target.url}: is the source, and could not be given back byte for byte ({reason}); "
             "choose another name"
         )
 
@@ -176,31 +157,32 @@ def _copy(
     offsets: dict[str, int] = {}
     metadata: dict[str, Mapping[str, Any]] = {}
     done = reported = 0
-    for item in source.items():
-        if item.shape is None:
-            offsets[item.name] = writer.add_stream(item.name)
-        else:
-            offsets[item.name] = writer.add_array(
-                item.name, item.dtype, item.shape, item.order, hidden=item.hidden
-            )
-        if item.metadata:
-            metadata[item.name] = item.metadata
-        for piece in item.pieces:
-            if isinstance(piece, int):
-                writer.skip(piece)
-                done += piece
+    with closing(source.items()) as items:
+        for item in items:
+            if item.shape is None:
+                offsets[item.name] = writer.add_stream(item.name)
             else:
-                writer.write(piece)
-                done += len(piece)
-            if progress is not None and done - reported >= _PROGRESS_STEP:
-                progress(done, source.total_bytes)
-                reported = done
+                offsets[item.name] = writer.add_array(
+                    item.name, item.dtype, item.shape, item.order, hidden=item.hidden
+                )
+            if item.metadata:
+                metadata[item.name] = item.metadata
+            for piece in item.pieces:
+                if isinstance(piece, int):
+                    writer.skip(piece)
+                    done += piece
+                else:
+                    writer.write(piece)
+                    done += len(piece)
+                if progress is not None and done - reported >= _PROGRESS_STEP:
+                    progress(done, source.total_bytes)
+                    reported = done
     if progress is not None:
         progress(done, done)
     return offsets, metadata
 
 
-def _open_source(source: BuildSource) -> Source:
+def _open_source(source: BuildSource, opener: Opener) -> Source:
     if isinstance(source, Mapping):
         return ArraySource(source)
     if isinstance(source, str) and source == "-":
@@ -208,51 +190,53 @@ def _open_source(source: BuildSource) -> Source:
             raise BuildError("standard input is closed; pipe the bytes in, or name a file")
         return StreamSource(sys.stdin.buffer, file_name="data", close=False)
     if isinstance(source, (str, os.PathLike)):
-        return _open_path(os.fspath(source))
+        return _open_location(location_of(source, "the source"), opener)
     if hasattr(source, "read"):
         return StreamSource(cast(BinaryIO, source), file_name=file_name_of(source, "data"), close=False)
     paths = list(source) if isinstance(source, (list, tuple)) else []
     if paths and all(isinstance(path, (str, os.PathLike)) for path in paths):
-        return _open_paths([os.fspath(path) for path in paths])
+        return _open_locations([location_of(path, "a source") for path in paths], opener)
     raise OptionError(
-        f"the source is a {type(source).__name__}; give a mapping of names to arrays, a path, "
-        "a list of paths, or a file object open in mode 'rb'"
+        f"the source is a {type(source).__name__}; give a mapping of names to arrays, a path or "
+        "URL, a list of them, or a file object open in mode 'rb'"
     )
 
 
-def _open_path(path: str) -> Source:
-    if _is_stream(path):
-        return StreamSource(open(path, "rb"), file_name="data", close=True)
-    blob = open_snapshot(path)
-    if blob is not None:
-        try:
-            return SnapshotSource(blob)
-        except BaseException:
-            blob.close()
-            raise
-    return ContainerSource(open_container(path))
-
-
-def _is_stream(path: str) -> bool:
-    """Whether `path` is a pipe or a character device, such as a shell's <(command)."""
+def _open_location(location: str, opener: Opener) -> Source:
+    if _is_stream(location):
+        return StreamSource(open(location, "rb"), file_name="data", close=True)
+    found = recognize(location, opener)
+    if isinstance(found, Directory):
+        return ContainerSource(found)
     try:
-        mode = os.stat(path).st_mode
+        return SnapshotSource(found)
+    except BaseException:
+        found.close()
+        raise
+
+
+def _is_stream(location: str) -> bool:
+    """Whether it is a pipe or a character device, such as a shell's <(command)."""
+    if locations.scheme_of(location) is not None:
+        return False
+    try:
+        mode = os.stat(location).st_mode
     except (OSError, ValueError):
         return False  # opening it says what is wrong
     return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 
 
-def _open_paths(paths: list[str]) -> Source:
+def _open_locations(sources: list[str], opener: Opener) -> Source:
     directories: list[Directory] = []
     try:
-        for path in paths:
-            if path == "-":
+        for location in sources:
+            if location == "-":
                 raise OptionError("standard input ('-') is among several sources; build it alone")
-            blob = open_snapshot(path)
-            if blob is not None:
-                blob.close()
-                raise BuildError(f"{path}: is a snapshot; a snapshot can only be built from alone")
-            directories.append(open_container(path))
+            found = recognize(location, opener)
+            if not isinstance(found, Directory):
+                found.close()
+                raise BuildError(f"{found.url}: is a snapshot; a snapshot can only be built from alone")
+            directories.append(found)
         return ContainerSource(combine(directories))
     except BaseException:
         for directory in directories:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Containers as a source of `build`: every byte of their files goes in, and can come out again.
 
-Files are read front to back once: the same pass feeds the snapshot and the files' SHA-256. Holes of
-sparse files are skipped (lseek(2), SEEK_DATA). Deflated zip members go in uncompressed; whether
-deflating them again gives the file's bytes is tried in the same pass.
+Files are read front to back once: the same pass feeds the snapshot and the files' SHA-256. Remote ones are
+read ahead. Holes of sparse files are skipped (lseek(2), SEEK_DATA). Deflated zip members go in
+uncompressed; whether deflating them again gives the file's bytes is tried in the same pass.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from ..containers.base import ArrayEntry, Directory
 from ..errors import BuildError, FormatError, SnapshotChanged
 from ..format import structs
 from ..format.origin import DeflatedMember, Origin, OriginFile, unsafe_name
+from ..store.ahead import AheadBlob
 from ..store.base import Blob
-from .sources import PIECE, Item, Piece
+from .sources import PIECE, Item, Items, Piece
 
 _BYTES: Final = np.dtype(np.uint8)
 #: Hashing more zeros than this would take longer than writing the snapshot; the file gets no SHA-256.
@@ -60,23 +61,27 @@ class ContainerSource:
     def names(self) -> Collection[str]:
         return [entry.name for entry in self._directory.arrays]
 
-    def reads(self, file: os.stat_result) -> bool:
-        """Whether that file is one of those that the arrays come from."""
-        fds = [blob.fileno() for blob in self._directory.files]
-        return any(fd is not None and os.path.samestat(os.fstat(fd), file) for fd in fds)
+    @property
+    def files(self) -> Sequence[Blob]:
+        """What the arrays come from."""
+        return self._directory.files
 
     def close(self) -> None:
         self._directory.close()
 
     # ---- arrays ----
 
-    def items(self) -> Iterator[Item]:
+    def items(self) -> Items:
         by_file: list[list[ArrayEntry]] = [[] for _ in self._directory.files]
         for entry in self._directory.arrays:
             by_file[entry.file].append(entry)
         for number, blob in enumerate(self._directory.files):
             self._hashes.append(_FileHash(blob))
-            yield from self._file_items(number, blob, by_file[number])
+            if blob.fileno() is not None:
+                yield from self._file_items(number, blob, by_file[number])
+                continue
+            with AheadBlob(blob, [(0, blob.size)]) as ahead:
+                yield from self._file_items(number, ahead, by_file[number])
         for number, content in enumerate(self._directory.extra_files.values(), len(by_file)):
             yield self._hidden(number, 0, len(content), iter([content]))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, Final, Protocol
 
@@ -44,6 +44,10 @@ class Item:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+#: Closed by who takes them, at the last one or before: a source may have threads at work for them.
+Items = Generator[Item, None, None]
+
+
 class Source(Protocol):
     """Something to build from. Items must be taken in order, each with all of its pieces."""
 
@@ -63,7 +67,7 @@ class Source(Protocol):
     def source_bytes(self) -> int:
         """Size of what went in; final once all pieces were taken."""
 
-    def items(self) -> Iterator[Item]: ...
+    def items(self) -> Items: ...
 
     def origin(self, offsets: Mapping[str, int]) -> tuple[Origin, NDArray[np.void]] | None:
         """CONT and EXTN, given each array's offset in the content; call after the last item."""
@@ -92,7 +96,7 @@ class ArraySource:
     def metadata(self) -> Mapping[str, Any]:
         return {}
 
-    def items(self) -> Iterator[Item]:
+    def items(self) -> Items:
         for name, array in self._arrays.items():
             fortran = array.flags.f_contiguous and not array.flags.c_contiguous
             pieces = _array_pieces(array.T if fortran else array)
@@ -155,7 +159,7 @@ class StreamSource:
     def metadata(self) -> Mapping[str, Any]:
         return {}
 
-    def items(self) -> Iterator[Item]:
+    def items(self) -> Items:
         yield Item("data", np.dtype(np.uint8), None, self._pieces())
 
     def _pieces(self) -> Iterator[bytes]:
@@ -206,18 +210,20 @@ class SnapshotSource:
     def metadata(self) -> Mapping[str, Any]:
         return self._index.metadata
 
-    def items(self) -> Iterator[Item]:
+    def items(self) -> Items:
         index = self._index
-        for row, name in enumerate(index.names):
-            yield Item(
-                name,
-                index.dtype_of(row),
-                index.shape_of(row),
-                self._pieces(*index.range_of(row)),
-                index.order_of(row),
-                index.is_hidden(row),
-                index.array_metadata.get(name, {}),
-            )
+        ranges = (index.range_of(row) for row in range(len(index.names)))
+        with self._reader.ahead(ranges):
+            for row, name in enumerate(index.names):
+                yield Item(
+                    name,
+                    index.dtype_of(row),
+                    index.shape_of(row),
+                    self._pieces(*index.range_of(row)),
+                    index.order_of(row),
+                    index.is_hidden(row),
+                    index.array_metadata.get(name, {}),
+                )
 
     def _pieces(self, offset: int, length: int) -> Iterator[Piece]:
         for segment in self._reader.segments(offset, length):

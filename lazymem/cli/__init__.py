@@ -21,7 +21,9 @@ from .. import __version__
 from ..errors import LazymemError, OptionError
 from . import streams
 from .build import build
+from .cache import cache
 from .cat import cat
+from .copy import copy
 from .demo import demo
 from .doctor import doctor
 from .extract import extract
@@ -47,16 +49,22 @@ class _Verbs(click.Group):
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lazymem")
 def cli() -> None:
-    """Open a snapshot that lives in a file and use it at once as ordinary memory.
+    """Open a snapshot that lies in a file or an object store, and use it at once as memory.
 
     \b
     See what it does:            lazymem demo
     Make a snapshot:             lazymem build model.safetensors model.lzm
     Look at it:                  lazymem info model.lzm; lazymem ls model.lzm
     Use it (in Python):          snap = lazymem.open("model.lzm"); snap["name"]
+    Put it into a store:         lazymem copy model.lzm s3://bucket/model.lzm
+    Use it from there:           snap = lazymem.open("s3://bucket/model.lzm")
     Get the original back:       lazymem extract model.lzm model.safetensors
 
     ls, info and cat also read .safetensors, .npy, .npz, folders of shards, and any file as raw bytes.
+
+    Wherever a verb reads, it takes a path or a URL: s3://bucket/key, https://host/path, or a folder of
+    shards that ends in "/". Credentials, region and endpoint are found where boto3 and the aws command
+    find them (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws/config, instance roles).
 
     \b
     Exit codes:
@@ -70,7 +78,7 @@ def cli() -> None:
     """
 
 
-for _verb in (demo, build, ls, info, verify, extract, cat, doctor):
+for _verb in (demo, build, ls, info, verify, extract, cat, copy, cache, doctor):
     cli.add_command(_verb)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import Any
 
 import click
 
 from ..options import CODECS
-from .text import count, human_bytes, human_seconds, plain, progress
+from .stores import KeyValue, overwrite_option, storage_option
+from .text import count, human_bytes, human_seconds, place, plain, progress
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
@@ -26,20 +28,6 @@ class Size(click.ParamType[int]):
         if match is None:
             self.fail(f"{value!r} is not a size; write 65536, 64K or 2M", param, ctx)
         return int(match[1]) * _UNITS[match[2].lower()]
-
-
-class KeyValue(click.ParamType[tuple[str, str]]):
-    """KEY=VALUE."""
-
-    name = "key=value"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, str]:
-        key, separator, text = str(value).partition("=")
-        if not separator or not key:
-            self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
-        return key, text
 
 
 @click.command(short_help="Make a snapshot of files, arrays or standard input.")
@@ -71,11 +59,8 @@ class KeyValue(click.ParamType[tuple[str, str]]):
     multiple=True,
     help="A string to keep with the snapshot; may be given again.",
 )
-@click.option(
-    "--overwrite/--no-overwrite",
-    default=None,
-    help="Replace an existing DST whatever it is, or never; default: if it is a snapshot.",
-)
+@overwrite_option
+@storage_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar, no summary.")
 def build(
     sources: tuple[str, ...],
@@ -87,27 +72,30 @@ def build(
     threads: int | None,
     metadata: tuple[tuple[str, str], ...],
     overwrite: bool | None,
+    storage_options: dict[str, Any],
     quiet: bool,
 ) -> None:
     """Build the snapshot DST from SRC.
 
     SRC is a .safetensors, .npy or .npz file, a folder of safetensors shards, another snapshot, any
     other file (its bytes become the array "data"), or - for standard input. Several SRC are put into
-    one snapshot. DST appears when it is whole and synced; until then nothing stands under its name.
-    Memory stays bounded whatever the size of SRC.
+    one snapshot. SRC and DST may be URLs (s3://bucket/key; SRC also http and https). DST appears when it
+    is whole and synced, or uploaded in full; until then nothing stands under its name, and an upload
+    that is interrupted leaves no parts. Memory stays bounded whatever the size of SRC.
 
     \b
     Examples:
       lazymem build model.safetensors model.lzm
       lazymem build --codec lz4 --chunk-size 64K weights.npz weights.lzm
       lazymem build --metadata run=42 --metadata by=me shards/ model.lzm
+      lazymem build s3://bucket/model.safetensors s3://bucket/model.lzm
       zcat memory.img.gz | lazymem build - memory.lzm
     """
     from ..builder import build as build_snapshot
 
     if sources == ("-",) and sys.stdin is not None and sys.stdin.isatty():
         raise click.UsageError("standard input is a terminal; pipe the bytes in, or name a file")
-    with progress(f"building {destination}", quiet=quiet) as report:
+    with progress(f"building {place(destination)}", quiet=quiet) as report:
         result = build_snapshot(
             sources[0] if len(sources) == 1 else list(sources),
             destination,
@@ -118,6 +106,7 @@ def build(
             threads=threads,
             metadata=dict(metadata),
             overwrite=overwrite,
+            storage_options=storage_options,
             progress=report,
         )
     if not quiet and not result.exact:
@@ -129,7 +118,7 @@ def build(
     if not quiet and sys.stdout.isatty():
         ratio = result.source_bytes / result.file_bytes
         click.echo(
-            f"{plain(destination)}: {count(result.arrays, 'array')}, {human_bytes(result.source_bytes)} -> "
+            f"{plain(result.path)}: {count(result.arrays, 'array')}, {human_bytes(result.source_bytes)} -> "
             f"{human_bytes(result.file_bytes)} (ratio {ratio:.2f}), {human_seconds(result.seconds)}, "
             f"digest {result.digest}"
         )

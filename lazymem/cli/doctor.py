@@ -88,7 +88,11 @@ def _print(report: Report) -> None:
     for codec in report.codecs:
         source = codec.source or "not found; reinstall lazymem with its dependencies"
         tried(codec.source is not None, codec.name, source)
-    for title, facts in (("Machine", report.machine), ("Limits", report.limits)):
+    for title, facts in (
+        ("Stores", report.stores),
+        ("Machine", report.machine),
+        ("Limits", report.limits),
+    ):
         head(title)
         for fact in facts:
             out.print(f"  {_fact(fact)}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from .stores import storage_option
 from .text import count, human_bytes, plain
 
 if TYPE_CHECKING:
@@ -25,21 +26,23 @@ _MAX_VALUE = 200
     is_flag=True,
     help="Everything, as one JSON object with the same keys for every SRC; sizes in bytes.",
 )
-def info(source: str, as_json: bool) -> None:
+@storage_option
+def info(source: str, as_json: bool, storage_options: dict[str, Any]) -> None:
     """Say what SRC is: format, sizes, compression, digest, metadata, and what it was built from.
 
-    SRC is a snapshot or any container that lazymem reads. Only its index is read; `lazymem verify`
-    checks the rest.
+    SRC is a snapshot or any container that lazymem reads, by path or URL. Only its index is read;
+    `lazymem verify` checks the rest.
 
     \b
     Examples:
       lazymem info model.lzm
       lazymem info --json model.lzm | jq -r .digest
-      lazymem info weights.npz
+      lazymem info s3://bucket/model.safetensors
+      lazymem info s3://bucket/shards/
     """
     from ..summary import summarize
 
-    summary = summarize(source)
+    summary = summarize(source, storage_options=storage_options)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(summary), indent=2))
         return

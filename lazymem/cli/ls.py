@@ -6,10 +6,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from .stores import storage_option
 from .text import human_bytes, plain, shape
 
 if TYPE_CHECKING:
@@ -28,22 +29,25 @@ _MAX_CELL: Final = 20  # leaves room for sizes and names on 80 columns
     help="Also order, and the chunks of a snapshot or the compression of a container.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Everything, as a JSON list; sizes in bytes.")
-def ls(source: str, long_: bool, as_json: bool) -> None:
+@storage_option
+def ls(source: str, long_: bool, as_json: bool, storage_options: dict[str, Any]) -> None:
     """List the arrays of SRC: dtype, shape, size and name.
 
-    SRC is a snapshot or any container that lazymem reads. Only its index is read. A terminal gets a
-    long dtype or shape cut short; a pipe and --json get all of it.
+    SRC is a snapshot or any container that lazymem reads, by path or URL. Only its index is read: of a
+    URL that is a request or two. A terminal gets a long dtype or shape cut short; a pipe and --json get
+    all of it.
 
     \b
     Examples:
       lazymem ls model.lzm
-      lazymem ls --long model.lzm
+      lazymem ls --long s3://bucket/model.lzm
+      lazymem ls https://host/model.safetensors
       lazymem ls model.safetensors | grep attention
       lazymem ls --json model.lzm | jq -r '.[].name'
     """
     from ..summary import list_arrays
 
-    arrays = list_arrays(source)
+    arrays = list_arrays(source, storage_options=storage_options)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(array) for array in arrays], indent=2))
         return

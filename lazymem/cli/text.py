@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TextIO
 
+from ..store import locations
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -24,6 +26,11 @@ _UNSAFE: Final = re.compile(
 def plain(text: str) -> str:
     """`text` with everything that a terminal would act on written as an escape, so it fits one line."""
     return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def place(location: str) -> str:
+    """A path or URL for the eye: plain, and without what may be secret in it."""
+    return plain(locations.display(location))
 
 
 def human_bytes(count: int) -> str:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .text import count, human_bytes, human_seconds, plain, progress
+from .stores import storage_option
+from .text import count, human_bytes, human_seconds, place, plain, progress
 
 if TYPE_CHECKING:
     from ..verifier import BadChunk, VerifyReport
@@ -23,24 +24,35 @@ _MAX_ARRAYS = 3
     help="Only the checksums of the stored bytes: nothing is decoded, no SHA-256 is taken.",
 )
 @click.option("--threads", type=click.IntRange(1, 256), help="Default: one per processor.")
+@storage_option
 @click.option("-q", "--quiet", is_flag=True, help="Print damage only.")
 @click.pass_context
-def verify(ctx: click.Context, source: str, quick: bool, threads: int | None, quiet: bool) -> None:
+def verify(
+    ctx: click.Context,
+    source: str,
+    quick: bool,
+    threads: int | None,
+    storage_options: dict[str, Any],
+    quiet: bool,
+) -> None:
     """Check every chunk of the snapshot SRC, and the whole against its digest.
 
-    Reads all of the file. Goes on past damage, so that the list is complete. Exits with 0 if all is
-    well, 1 if something is damaged (each bad chunk is listed, with the arrays it holds), 3 if SRC
-    cannot be read as a snapshot at all.
+    Reads all of SRC, a path or URL; from a URL always from the store itself, not from a cache. Goes on
+    past damage, so that the list is complete. Exits with 0 if all is well, 1 if something is damaged
+    (each bad chunk is listed, with the arrays it holds), 3 if SRC cannot be read as a snapshot at all, or
+    its store does not deliver.
 
     \b
     Examples:
       lazymem verify model.lzm
-      lazymem verify --quick model.lzm && echo fine
+      lazymem verify --quick s3://bucket/model.lzm && echo fine
     """
     from ..verifier import verify as verify_snapshot
 
-    with progress(f"checking {source}", quiet=quiet, unit="chunks") as report:
-        result = verify_snapshot(source, threads=threads, deep=not quick, progress=report)
+    with progress(f"checking {place(source)}", quiet=quiet, unit="chunks") as report:
+        result = verify_snapshot(
+            source, threads=threads, deep=not quick, storage_options=storage_options, progress=report
+        )
     if result.ok:
         if not quiet:
             click.echo(_fine(result))

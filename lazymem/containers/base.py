@@ -20,6 +20,9 @@ from ..store.base import Blob
 MAX_NDIM: Final = 64  # numpy's
 _MAX_NBYTES: Final = 2**63 - 1
 
+#: Bytes; beyond most headers, so that one read of a container's head is enough.
+HEAD_READ: Final = 64 << 10
+
 NO_METADATA: Final[Mapping[str, Any]] = {}
 
 
@@ -75,6 +78,11 @@ class Directory:
         """Close the blobs; idempotent."""
         for blob in self.files:
             blob.close()
+
+
+def read_head(blob: Blob) -> bytes:
+    """The first bytes, for all who look at them: each read of a remote blob is a request."""
+    return blob.read(0, min(HEAD_READ, blob.size))
 
 
 def damaged(url: str, field: str, found: str) -> FormatError:

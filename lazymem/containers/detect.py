@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which container a path is: by its first bytes, then by its suffix, else raw bytes.
+"""Which container a file is: by its first bytes, then by its suffix, else raw bytes.
 
 A file that has a format's suffix but breaks the format is that format's error, never raw bytes.
 """
@@ -10,62 +10,63 @@ import os
 from typing import Final
 
 from ..errors import FormatError, OptionError
-from ..store.base import Blob
-from ..store.local import LocalBlob
+from ..store import locations
+from ..store.base import Blob, Opener
 from . import npy, npz, raw, safetensors
-from .base import Directory, unsupported
+from .base import Directory, read_head, unsupported
 
 FORMATS: Final = ("raw", "npy", "npz", "safetensors", "safetensors-sharded")
 
 # What torch.save wrote before 1.6: a pickled magic number.
 _TORCH_LEGACY: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_HEAD: Final = 64
 
 
-def open_container(source: str | os.PathLike[str], *, as_format: str | None = None) -> Directory:
-    """Open `source`, a file or a folder, and read what arrays it holds.
+def is_sharded(location: str, opener: Opener) -> bool:
+    """Whether `location` is a folder or an index of shards, so that it is no one file to look into."""
+    return opener.is_folder(location) or locations.name_of(location).endswith(safetensors.INDEX_SUFFIX)
+
+
+def open_container(location: str, opener: Opener, *, as_format: str | None = None) -> Directory:
+    """Open `location`, a file or a folder, and read what arrays it holds.
 
     as_format: one of `FORMATS`, to take the file for that instead of finding out.
     The caller closes the directory. Raises `FormatError`, `UnsupportedFormat`, `ReadError`,
     `SnapshotNotFound`, `AccessDenied`.
     """
-    path = os.fspath(source)
     if as_format is not None and as_format not in FORMATS:
         raise OptionError(f"the format is {as_format!r}; it must be one of {', '.join(FORMATS)}")
-    if as_format in (None, "safetensors", "safetensors-sharded"):
-        if os.path.isdir(path):
-            return safetensors.read_folder(path)
-        if path.endswith(safetensors.INDEX_SUFFIX):
-            return safetensors.read_index(path)
+    if as_format in (None, "safetensors", "safetensors-sharded") and is_sharded(location, opener):
+        read = safetensors.read_folder if opener.is_folder(location) else safetensors.read_index
+        return read(location, opener)
     if as_format == "safetensors-sharded":
-        raise OptionError(f"{path}: is no folder and no *{safetensors.INDEX_SUFFIX}; name one or the other")
-    blob = LocalBlob(path)
+        shown = locations.display(location)
+        raise OptionError(f"{shown}: is no folder and no *{safetensors.INDEX_SUFFIX}; name one or the other")
+    blob = opener.open(location)
     try:
-        return _read(blob, as_format)
+        return raw.read_raw(blob) if as_format == "raw" else read_container(blob, read_head(blob), as_format)
     except BaseException:
         blob.close()
         raise
 
 
-def _read(blob: Blob, as_format: str | None) -> Directory:
-    if as_format == "raw":
-        return raw.read_raw(blob)
-    head = blob.read(0, min(_HEAD, blob.size))
-    suffix = os.path.splitext(blob.url)[1].lower()
+def read_container(blob: Blob, head: bytes, as_format: str | None = None) -> Directory:
+    """The directory of one file, which it takes over unless it raises. head: as `read_head` gives it."""
+    suffix = os.path.splitext(locations.name_of(blob.url))[1].lower()
     if as_format == "npy" or (as_format is None and head.startswith(npy.MAGIC)):
-        return npy.read_npy(blob)
+        return npy.read_npy(blob, head)
     if as_format == "npz" or (as_format is None and head.startswith(npz.MAGICS)):
         return _read_zip(blob, as_format == "npz" or suffix == ".npz")
     if as_format == "safetensors" or safetensors.looks_like(head, blob.size):
-        return safetensors.read_safetensors(blob)
+        return safetensors.read_safetensors(blob, head)
     if head.startswith(_TORCH_LEGACY):
         raise _torch(blob)
-    by_suffix = {
-        ".npy": npy.read_npy,
-        ".npz": npz.read_npz,
-        ".safetensors": safetensors.read_safetensors,
-    }
-    return by_suffix.get(suffix, raw.read_raw)(blob)
+    if suffix == ".npy":
+        return npy.read_npy(blob, head)
+    if suffix == ".npz":
+        return npz.read_npz(blob)
+    if suffix == safetensors.SUFFIX:
+        return safetensors.read_safetensors(blob, head)
+    return raw.read_raw(blob)
 
 
 def _read_zip(blob: Blob, must_be_npz: bool) -> Directory:
@@ -89,5 +90,5 @@ def _torch(blob: Blob) -> FormatError:
         blob.url,
         "the file",
         "was written by torch.save, which this version does not read",
-        'save it as safetensors, or open it with format="raw" for its plain bytes',
+        'save it as safetensors, or open it with as_format="raw" for its plain bytes',
     )

@@ -8,7 +8,6 @@ Extension dtypes such as bfloat16 are written by numpy as "|V2" and stay that he
 from __future__ import annotations
 
 import io
-import os
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from ..dtypes import EXTENSION_DTYPES, dtype_to_json
 from ..errors import FormatError, UnsupportedDtype, UnsupportedFormat
+from ..store import locations
 from ..store.base import Blob
 from .base import ArrayEntry, Directory, array_size, damaged, unsupported
 
@@ -26,7 +26,7 @@ ARRAY_NAME: Final = "data"
 MAX_HEADER: Final = 1 << 20
 #: Magic, version and the longer of the two length fields: enough to know the header's size.
 PREFIX: Final = 12
-#: Beyond any header that numpy writes for a plain dtype; saves the second read.
+#: Read of a member of an .npz; beyond any header that numpy writes for a plain dtype.
 FIRST_READ: Final = 4096
 
 
@@ -104,10 +104,12 @@ def make_header(dtype: np.dtype[Any], shape: tuple[int, ...], order: str, *, nam
     return MAGIC + bytes([version, 0]) + len(text).to_bytes(start - 8, "little") + text
 
 
-def read_npy(blob: Blob) -> Directory:
-    """The directory of a .npy file: one array, named "data". What follows it in the file is ignored."""
+def read_npy(blob: Blob, head: bytes) -> Directory:
+    """The directory of a .npy file: one array, named "data". What follows it in the file is ignored.
+
+    head: its first bytes, as `read_head` gives them.
+    """
     url, field = blob.url, "the header"
-    head = blob.read(0, min(FIRST_READ, blob.size))
     size = header_size(head[:PREFIX], url=url, field=field)
     if size > blob.size:
         raise damaged(url, field, f"has {size} bytes, but the file has {blob.size}")
@@ -130,4 +132,4 @@ def read_npy(blob: Blob) -> Directory:
         nbytes=header.nbytes,
         stored_length=header.nbytes,
     )
-    return Directory("npy", (blob,), (os.path.basename(url),), (entry,))
+    return Directory("npy", (blob,), (locations.name_of(url),), (entry,))

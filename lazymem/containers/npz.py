@@ -13,9 +13,11 @@ import itertools
 import os
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
 from ..errors import LazymemError
+from ..store import locations
 from ..store.base import Blob
 from . import npy
 from .base import ArrayEntry, Directory, damaged, unsupported
@@ -31,6 +33,7 @@ _ENCRYPTED: Final = 0x1 | 0x40
 _UTF8: Final = 0x800
 _MAX_RATIO: Final = 1040  # deflate's own limit is 1032 to 1
 _FIRST_INPUT: Final = 1 << 16
+_READ_AT_ONCE: Final = 16
 
 
 class _BlobFile(io.RawIOBase):
@@ -77,22 +80,38 @@ def read_npz(blob: Blob, members: list[zipfile.ZipInfo] | None = None) -> Direct
     entries: list[ArrayEntry] = []
     ranges: list[tuple[int, int, str]] = []
     names: set[str] = set()
-    for info in list_members(blob) if members is None else members:
-        if not info.filename.endswith(".npy"):
-            continue
-        member = f"member {info.filename[:200]!r}"
+    members = list_members(blob) if members is None else members
+    arrays = [info for info in members if info.filename.endswith(".npy")]
+    for info in arrays:
         if info.filename in names:
-            raise damaged(blob.url, member, "stands twice in the zip directory")
+            raise damaged(blob.url, _member(info), "stands twice in the zip directory")
         names.add(info.filename)
-        start, head = _data_start(blob, info, member)
-        ranges.append((info.header_offset, start + info.compress_size, member))
-        entries.append(_entry(blob, info, start, head, member))
+    for info, (start, entry) in zip(arrays, _read_headers(blob, arrays), strict=True):
+        ranges.append((info.header_offset, start + info.compress_size, _member(info)))
+        entries.append(entry)
     ranges.sort()
     for (_, end, _), (begin, _, member) in itertools.pairwise(ranges):
         if begin < end:
             raise damaged(blob.url, member, "overlaps the member before it")
     entries.sort(key=lambda entry: entry.offset)
-    return Directory("npz", (blob,), (os.path.basename(blob.url),), tuple(entries))
+    return Directory("npz", (blob,), (locations.name_of(blob.url),), tuple(entries))
+
+
+def _member(info: zipfile.ZipInfo) -> str:
+    return f"member {info.filename[:200]!r}"
+
+
+def _read_headers(blob: Blob, arrays: list[zipfile.ZipInfo]) -> list[tuple[int, ArrayEntry]]:
+    """For each member, where its bytes begin and the array it holds. Each costs a remote blob a request."""
+
+    def read(info: zipfile.ZipInfo) -> tuple[int, ArrayEntry]:
+        start, head = _data_start(blob, info, _member(info))
+        return start, _entry(blob, info, start, head, _member(info))
+
+    if blob.fileno() is not None or not arrays:
+        return [read(info) for info in arrays]
+    with ThreadPoolExecutor(min(len(arrays), _READ_AT_ONCE), "lazymem-npz") as pool:
+        return list(pool.map(read, arrays))
 
 
 def _data_start(blob: Blob, info: zipfile.ZipInfo, member: str) -> tuple[int, bytes]:
@@ -129,7 +148,7 @@ def _entry(blob: Blob, info: zipfile.ZipInfo, start: int, head: bytes, member: s
     if deflated:
         if declared > _MAX_RATIO * stored:
             raise damaged(url, member, f"declares {declared} bytes from {stored} deflated ones")
-        head = _inflate_header(blob, info, start, member)
+        head = _inflate_header(blob, info, start, head, member)
     elif method != zipfile.ZIP_STORED:
         raise unsupported(
             url, member, f"is compressed by zip's method {method}", "save it with numpy.savez_compressed"
@@ -161,12 +180,11 @@ def _entry(blob: Blob, info: zipfile.ZipInfo, start: int, head: bytes, member: s
     )
 
 
-def _inflate_header(blob: Blob, info: zipfile.ZipInfo, start: int, member: str) -> bytes:
-    """The first bytes of a deflated member: the whole .npy header and no more."""
+def _inflate_header(blob: Blob, info: zipfile.ZipInfo, start: int, pending: bytes, member: str) -> bytes:
+    """The first bytes of a deflated member: the whole .npy header and no more. pending: its first stored."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     output = bytearray()
-    position, end, wanted = start, start + info.compress_size, npy.PREFIX
-    pending = b""
+    position, end, wanted = start + len(pending), start + info.compress_size, npy.PREFIX
     while len(output) < wanted and not inflater.eof:
         if not pending:
             if position == end:

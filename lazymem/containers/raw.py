@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Final
 
 import numpy as np
 
+from ..store import locations
 from ..store.base import Blob
 from .base import ArrayEntry, Directory
 
@@ -26,4 +26,4 @@ def read_raw(blob: Blob) -> Directory:
         nbytes=blob.size,
         stored_length=blob.size,
     )
-    return Directory("raw", (blob,), (os.path.basename(blob.url) or ARRAY_NAME,), (entry,))
+    return Directory("raw", (blob,), (locations.name_of(blob.url) or ARRAY_NAME,), (entry,))

@@ -13,22 +13,23 @@ bytes. `ArrayEntry.metadata` keeps the tensor's own "dtype" and "shape".
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import ml_dtypes
 import numpy as np
 
-from ..errors import AccessDenied, BuildError, FormatError, LazymemError
-from ..store.base import Blob
-from ..store.local import LocalBlob
-from .base import ArrayEntry, Directory, array_size, damaged, unsupported
+from ..errors import AccessDenied, BuildError, FormatError, LazymemError, SnapshotNotFound
+from ..store import locations
+from ..store.base import Blob, Opener
+from .base import ArrayEntry, Directory, array_size, damaged, read_head, unsupported
 
 SUFFIX: Final = ".safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
@@ -62,7 +63,8 @@ _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 PACKED_BITS: Final = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 _KEY_END: Final = re.compile(r'"[ \t\n\r]*:')
-_FIRST_READ: Final = 1 << 16
+#: Shards of a remote model: each costs a round trip or two.
+_OPENED_AT_ONCE: Final = 16
 _UINT8: Final = np.dtype(np.uint8)
 _HEADER: Final = "the header"
 
@@ -73,37 +75,54 @@ def looks_like(head: bytes, size: int) -> bool:
     return len(head) > 8 and 2 <= length <= min(MAX_HEADER, size - 8) and head[8:9] == b"{"
 
 
-def read_safetensors(blob: Blob) -> Directory:
-    """The directory of one safetensors file."""
-    arrays, metadata = _parse(blob, 0)
-    return Directory("safetensors", (blob,), (os.path.basename(blob.url),), arrays, metadata)
+def read_safetensors(blob: Blob, head: bytes) -> Directory:
+    """The directory of one safetensors file. head: as `read_head` gives it."""
+    arrays, metadata = _parse(blob, head, 0)
+    return Directory("safetensors", (blob,), (locations.name_of(blob.url),), arrays, metadata)
 
 
-def read_folder(folder: str) -> Directory:
+def read_folder(folder: str, opener: Opener) -> Directory:
     """The directory of a folder that holds a sharded model: by its index, else all *.safetensors."""
+    # Nearly always the index has this name. To ask for it costs less than to list, which http cannot do at
+    # all. Some stores say "denied" instead of "not found" to those who may not list.
+    index = opener.join(folder, "model" + INDEX_SUFFIX)
     try:
-        names = sorted(os.listdir(folder))
+        blob = opener.open(index)
+    except (SnapshotNotFound, AccessDenied):
+        pass
+    else:
+        return _read_index(blob, index, opener)
+    url = locations.display(folder)
+    try:
+        names = opener.list(folder)
+    except LazymemError:
+        raise
     except OSError as error:
         raise AccessDenied(
-            f"{folder}: the folder cannot be listed ({error.strerror}); check its mode", url=folder
+            f"{url}: the folder cannot be listed ({error.strerror}); check its mode", url=url
         ) from error
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if "model" + INDEX_SUFFIX in indexes:
         indexes = ["model" + INDEX_SUFFIX]
     if len(indexes) > 1:
         found = f"holds {len(indexes)} models ({', '.join(indexes)[:200]})"
-        raise unsupported(folder, "the folder", found, "name one of them")
+        raise unsupported(url, "the folder", found, "name one of them")
     if indexes:
-        return read_index(os.path.join(folder, indexes[0]))
+        return read_index(opener.join(folder, indexes[0]), opener)
     shards = [name for name in names if name.endswith(SUFFIX)]
     if not shards:
-        raise unsupported(folder, "the folder", f"holds no {SUFFIX} file", "name a file, or another folder")
-    return _read_shards(folder, shards, {}, {}, {})
+        raise unsupported(url, "the folder", f"holds no {SUFFIX} file", "name a file, or another folder")
+    return _read_shards(_open_shards(folder, shards, opener, url), url, {}, {}, {})
 
 
-def read_index(path: str) -> Directory:
+def read_index(location: str, opener: Opener) -> Directory:
     """The directory of a sharded model, from its *.safetensors.index.json."""
-    with LocalBlob(path) as blob:
+    return _read_index(opener.open(location), location, opener)
+
+
+def _read_index(blob: Blob, location: str, opener: Opener) -> Directory:
+    with contextlib.closing(blob):
+        path = blob.url
         if blob.size > MAX_HEADER:
             raise damaged(path, "the index", f"has {blob.size} bytes (the limit is {MAX_HEADER})")
         content = blob.read(0, blob.size)
@@ -119,8 +138,9 @@ def read_index(path: str) -> Directory:
             found = f"has {str(name)[:200]!r} for {tensor[:200]!r}, not the name of a file beside it"
             raise damaged(path, "weight_map", found)
     shards = sorted(set(weight_map.values()))
-    extra = {os.path.basename(path): content}
-    return _read_shards(os.path.dirname(path), shards, weight_map, metadata or {}, extra, path)
+    extra = {locations.name_of(path): content}
+    opened = _open_shards(opener.parent(location), shards, opener, path)
+    return _read_shards(opened, path, weight_map, metadata or {}, extra)
 
 
 def make_header(tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]) -> bytes:
@@ -163,45 +183,74 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and "/" not in name and "\\" not in name
 
 
+class _Shard(NamedTuple):
+    name: str
+    blob: Blob
+    arrays: list[ArrayEntry]
+    metadata: dict[str, str]
+
+
+def _open_shards(folder: str, shards: Sequence[str], opener: Opener, url: str) -> list[_Shard]:
+    """Open and parse them, remote ones several at a time. url: of the index or folder that names them."""
+
+    def read(number: int) -> _Shard:
+        name = shards[number]
+        try:
+            blob = opener.open(opener.join(folder, name))
+        except SnapshotNotFound:
+            raise FormatError(
+                f"{url}: the shard {name!r} is missing; download it into the same folder", url=url, field=name
+            ) from None
+        try:
+            return _Shard(name, blob, *_parse(blob, read_head(blob), number))
+        except BaseException:
+            blob.close()
+            raise
+
+    workers = min(len(shards), _OPENED_AT_ONCE) if locations.scheme_of(folder) else 1
+    pool = ThreadPoolExecutor(workers, "lazymem-shards")
+    opened = [pool.submit(read, number) for number in range(len(shards))]
+    try:
+        return [future.result() for future in opened]
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        for future in opened:
+            if not future.cancelled() and future.exception() is None:
+                future.result().blob.close()
+        raise
+    finally:
+        pool.shutdown(wait=True)
+
+
 def _read_shards(
-    folder: str,
-    shards: Sequence[str],
+    shards: Sequence[_Shard],
+    url: str,
     weight_map: dict[str, str],
     index_metadata: dict[str, Any],
     extra_files: dict[str, bytes],
-    index: str = "",
 ) -> Directory:
-    blobs: list[Blob] = []
-    arrays: list[ArrayEntry] = []
+    """One directory of all of them, which it takes over unless it raises. url: of their index or folder."""
     metadata: dict[str, Any] = {}
     owner: dict[str, str] = {}  # tensor -> its shard
     try:
-        for number, shard in enumerate(shards):
-            try:
-                blobs.append(LocalBlob(os.path.join(folder, shard)))
-            except FileNotFoundError:
-                raise FormatError(
-                    f"{index or folder}: the shard {shard!r} is missing; download it into the same folder",
-                    url=index or folder,
-                    field=shard,
-                ) from None
-            entries, shard_metadata = _parse(blobs[-1], number)
-            for entry in entries:
+        for shard in shards:
+            for entry in shard.arrays:
                 if entry.name in owner:
                     found = f"is in shard {owner[entry.name]!r} too"
-                    raise damaged(blobs[-1].url, _tensor(entry.name), found)
-                owner[entry.name] = shard
-            arrays.extend(entries)
-            metadata = {**shard_metadata, **metadata}
-        for tensor, shard in weight_map.items():
-            if owner.get(tensor) != shard:
-                raise damaged(index, _tensor(tensor), f"is not in its shard {shard!r}")
+                    raise damaged(shard.blob.url, _tensor(entry.name), found)
+                owner[entry.name] = shard.name
+            metadata = {**shard.metadata, **metadata}
+        for tensor, name in weight_map.items():
+            if owner.get(tensor) != name:
+                raise damaged(url, _tensor(tensor), f"is not in its shard {name!r}")
     except BaseException:
-        for blob in blobs:
-            blob.close()
+        for shard in shards:
+            shard.blob.close()
         raise
-    form = "safetensors-sharded" if index or len(shards) > 1 else "safetensors"
-    return Directory(form, blobs, shards, arrays, {**metadata, **index_metadata}, extra_files)
+    form = "safetensors-sharded" if extra_files or len(shards) > 1 else "safetensors"
+    blobs, names = [shard.blob for shard in shards], [shard.name for shard in shards]
+    arrays = [entry for shard in shards for entry in shard.arrays]
+    return Directory(form, blobs, names, arrays, {**metadata, **index_metadata}, extra_files)
 
 
 def _load_json(content: bytes, url: str, field: str) -> dict[str, Any]:
@@ -238,10 +287,9 @@ def _count_keys(value: Any) -> int:
     return len(value) + sum([len(inner) for inner in value.values() if isinstance(inner, dict)])
 
 
-def _parse(blob: Blob, file: int) -> tuple[list[ArrayEntry], dict[str, str]]:
+def _parse(blob: Blob, head: bytes, file: int) -> tuple[list[ArrayEntry], dict[str, str]]:
     """The arrays of one safetensors file, sorted by offset, and its __metadata__."""
     url, size = blob.url, blob.size
-    head = blob.read(0, min(_FIRST_READ, size))
     if len(head) < 8:
         raise damaged(url, _HEADER, f"has a length of 8 bytes, but the file has {size}")
     length = int.from_bytes(head[:8], "little")

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .. import _native
 from ..errors import ChunkCorrupt, FormatError, UnsupportedFormat
-from ..store.base import Blob
-from ..store.local import LocalBlob
+from ..store import locations
+from ..store.ahead import AheadBlob
+from ..store.base import Blob, Opener
 from . import structs
 from .index import SnapshotIndex, is_snapshot, parse_index
 from .sections import decode_section
@@ -25,38 +27,51 @@ _ZEROS = memoryview(bytes(1 << 20))
 _SUFFIX = ".lzm"
 
 
-def has_magic(blob: Blob) -> bool:
-    """Whether the first or the last bytes are a snapshot's: one read, two if the first are not."""
-    if is_snapshot(blob.read(0, min(blob.size, len(structs.HEAD_MAGIC)))):
-        return True
+def has_tail_magic(blob: Blob) -> bool:
+    """Whether the last bytes are a snapshot's. No request: a remote blob comes with its last bytes."""
     length = min(blob.size, structs.TAIL.size)
     return is_snapshot(blob.read(blob.size - length, length))
 
 
-def open_snapshot(path: str) -> LocalBlob | None:
-    """The file, opened, if it is a snapshot; None for anything else, folders too.
+def has_head_magic(head: bytes) -> bool:
+    """Whether `head`, the first bytes of a file, are a snapshot's."""
+    return head.startswith(structs.HEAD_MAGIC)
+
+
+def has_magic(blob: Blob) -> bool:
+    """Whether the last or the first bytes are a snapshot's."""
+    return has_tail_magic(blob) or has_head_magic(blob.read(0, min(blob.size, len(structs.HEAD_MAGIC))))
+
+
+def open_snapshot(location: str, opener: Opener) -> Blob | None:
+    """The object, opened, if it is a snapshot; None for anything else, folders too.
 
     A file with one damaged end is a snapshot still, so that it is not taken for raw bytes. Raises
     `FormatError` where only the suffix says so; `SnapshotNotFound`, `AccessDenied`, `ReadError`.
     """
-    if os.path.isdir(path):
+    if opener.is_folder(location):
         return None
-    blob = LocalBlob(path)
+    blob = opener.open(location)
     try:
         if has_magic(blob):
             return blob
-        if os.path.splitext(path)[1].lower() == _SUFFIX:
-            raise FormatError(
-                f"{path}: is called {_SUFFIX}, but neither begins nor ends as a snapshot; it is damaged or "
-                f"cut short: copy the file again or build it anew (if it is something else, rename it)",
-                url=path,
-                field="head magic",
-            )
+        refuse_suffix(blob)
     except BaseException:
         blob.close()
         raise
     blob.close()
     return None
+
+
+def refuse_suffix(blob: Blob) -> None:
+    """Raise `FormatError` if `blob`, which has no magic, is called a snapshot."""
+    if os.path.splitext(locations.name_of(blob.url))[1].lower() == _SUFFIX:
+        raise FormatError(
+            f"{blob.url}: is called {_SUFFIX}, but neither begins nor ends as a snapshot; it is damaged or "
+            f"cut short: copy the file again or build it anew (if it is something else, rename it)",
+            url=blob.url,
+            field="head magic",
+        )
 
 
 def load_index(blob: Blob) -> SnapshotIndex:
@@ -81,6 +96,7 @@ class SnapshotReader:
     def __init__(self, blob: Blob) -> None:
         self.blob = blob
         self.index = load_index(blob)
+        self._source: Blob = blob
         self._local = threading.local()
 
     def chunk_arrays(self, chunk: int) -> list[str]:
@@ -89,10 +105,35 @@ class SnapshotReader:
         begin = chunk * index.chunk_size
         return [index.names[row] for row in index.rows_between(begin, begin + index.chunk_size)]
 
+    @contextmanager
+    def ahead(self, ranges: Iterable[tuple[int, int]]) -> Iterator[None]:
+        """Within the block one thread reads these content ranges (offset, length), in this order.
+
+        The chunks of a remote blob are then fetched several at a time, before they are asked for.
+        """
+        if self.blob.fileno() is not None:
+            yield
+            return
+        with AheadBlob(self.blob, self._stored_ranges(ranges)) as source:
+            self._source = source
+            try:
+                yield
+            finally:
+                self._source = self.blob
+
+    def _stored_ranges(self, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        index, last = self.index, None
+        for offset, length in ranges:
+            for segment in self.segments(offset, length):
+                record = None if segment.chunk in (None, last) else index.record_of(segment.chunk)
+                if record is not None:
+                    last = segment.chunk
+                    yield int(index.records["offset"][record]), int(index.records["stored_length"][record])
+
     def read_stored(self, record: int) -> bytes:
         """The stored bytes of a record, unchecked. Raises `ReadError`."""
         row = self.index.records[record]
-        return self.blob.read(int(row["offset"]), int(row["stored_length"]))
+        return self._source.read(int(row["offset"]), int(row["stored_length"]))
 
     def read_chunk(self, chunk: int) -> memoryview:
         """The chunk's bytes, checked and decoded; fewer than chunk_size only for the last chunk.
@@ -130,7 +171,15 @@ class SnapshotReader:
             raise self._corrupt(chunk, record, error) from error
         return out
 
-    def _corrupt(self, chunk: int, record: int, error: Exception) -> ChunkCorrupt:
+    def check_stored(self, record: int, stored: bytes) -> None:
+        """Raise `ChunkCorrupt` unless these are the stored bytes of the record."""
+        if _native.checksum(stored) != int(self.index.records["checksum"][record]):
+            runs = self.index.runs[self.index.runs["first_record"] != structs.ZERO_RUN]
+            run = runs[int(runs["first_record"].searchsorted(record, "right")) - 1]
+            chunk = int(run["first_chunk"]) + record - int(run["first_record"])
+            raise self._corrupt(chunk, record, "the stored bytes do not match their checksum")
+
+    def _corrupt(self, chunk: int, record: int, error: object) -> ChunkCorrupt:
         arrays = self.chunk_arrays(chunk)
         where = f", array {arrays[0]!r}" if arrays else ""
         offset = int(self.index.records["offset"][record])

@@ -62,8 +62,7 @@ def test_results_say_where_they_were_measured(results: dict[str, Any]) -> None:
     assert results["options"]["tiny"] is True
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
-def test_question_measures_every_candidate(results: dict[str, Any], question: str) -> None:
+def check_question(results: dict[str, Any], question: str) -> None:
     cases = results["questions"][question]
     assert cases
     for case in cases:
@@ -71,6 +70,25 @@ def test_question_measures_every_candidate(results: dict[str, Any], question: st
         assert len(case["runs"]) == results["options"]["repeats"]
         summary = case["summary"]["seconds"]
         assert 0 < summary["min"] <= summary["median"] <= summary["max"]
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_question_measures_every_candidate(results: dict[str, Any], question: str) -> None:
+    check_question(results, question)
+
+
+# The server: the benchmark starts its own, but this one sees to it that it is installed, or skips.
+@pytest.mark.usefixtures("s3_server")
+def test_remote_measures_every_candidate_and_counts_its_requests(
+    folder: Path, results: dict[str, Any]
+) -> None:
+    check_question(results, "remote")
+    assert (folder / "remote.png").read_bytes().startswith(b"\x89PNG")
+    cases = {case["name"]: case["summary"] for case in results["questions"]["remote"]}
+    for task, requests in (("restore", 8), ("first", 8), ("sparse", 10)):
+        assert cases[f"{task}, sockets"]["requests"]["median"] == requests
+        assert cases[f"{task} +20 ms, sockets"]["requests"]["median"] == requests
+    assert cases["first, lazymem zstd, warm disk cache"]["requests"]["median"] == 1
 
 
 def test_full_scan_holds_everyone_against_the_bounds(results: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from lazymem.summary import list_arrays, summarize
 
 Arrays = dict[str, NDArray[np.generic]]
 Capture = pytest.CaptureFixture[str]
+VERBS = ["build", "ls", "info", "verify", "extract", "cat", "copy", "doctor", "demo"]
 HOSTILE = "\x1b[31m[red]x[/red]\x07\u202e\nmore"
 
 
@@ -438,10 +439,129 @@ def test_cat_of_a_damaged_chunk_is_exit_3(built: Path, capfdbinary: pytest.Captu
     assert b"is damaged" in err
 
 
+# ---- copy ----
+
+
+def test_copy_copies_and_refuses_like_build(built: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    assert run(["copy", str(built), str(out)]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert out.read_bytes() == built.read_bytes()
+    assert run(["copy", str(built), str(out)]) == 0
+    for flag in ("--no-overwrite", "--if-none-match"):
+        assert run(["copy", flag, str(built), str(out)]) == 3
+        assert "exists already" in capsys.readouterr().err
+    out.write_bytes(b"precious")
+    assert run(["copy", str(built), str(out)]) == 3
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(["copy", "--overwrite", str(built), str(out)]) == 0
+    assert run(["verify", "--quiet", str(out)]) == 0
+
+
+def test_copy_of_a_damaged_snapshot_is_exit_3(built: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    damage(built, list_arrays(built)[0].first_chunk or 0)
+    assert run(["copy", str(built), str(out)]) == 3
+    assert "is damaged" in capsys.readouterr().err
+    assert not out.exists()
+    assert run(["copy", "--no-verify", str(built), str(out)]) == 0
+    assert out.read_bytes() == built.read_bytes()
+
+
+# ---- options of stores ----
+
+
+@pytest.mark.parametrize("verb", [["ls"], ["info"], ["verify"], ["cat"], ["extract"], ["build"], ["copy"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "secret_access_key=hunter2",
+        "aws_session_token=hunter2",
+        "key=hunter2",
+        "SECRET=hunter2",
+        "headers={hunter2}",
+        "password hunter2",
+        "endpoint_url=http://me:hunter2@host",
+    ],
+)
+def test_secrets_on_the_command_line_are_refused_and_not_repeated(
+    built: Path, verb: list[str], option: str, capsys: Capture
+) -> None:
+    more = {"cat": ["w"], "extract": ["out"], "build": ["out"], "copy": ["out"]}.get(verb[0], [])
+    assert run([*verb, "-o", option, str(built), *more]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "is, or holds, a secret" in err
+    assert "profile=NAME" in err
+    assert err.count("\n") == 1
+    assert "hunter2" not in err
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("nonsense=1", "storage option 'nonsense' is unknown; there are"),
+        ("timeout=soon", "timeout is 'soon'; it must be a number"),
+        ("concurrency=1.5", "concurrency is '1.5'; it must be a number"),
+        ("concurrency=0", "concurrency is 0; it must be from 1"),
+        ("hedge=maybe", "hedge is 'maybe'; it must be True or False"),
+        ("region", "'region' is not KEY=VALUE"),
+        ("=x", "'=x' is not KEY=VALUE"),
+        ("endpoint_url=localhost:1", "must begin with http:// or https://"),
+    ],
+)
+def test_wrong_storage_option_is_exit_2(built: Path, option: str, says: str, capsys: Capture) -> None:
+    assert run(["ls", "-o", option, str(built)]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_storage_options_reach_the_verb(
+    built: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    seen: list[dict[str, object]] = []
+
+    def spy(source: object, **options: object) -> list[object]:
+        seen.append(options)
+        return []
+
+    monkeypatch.setattr("lazymem.summary.list_arrays", spy)
+    options = "-o anonymous=true -o hedge=off -o timeout=2.5 -o concurrency=4 -o anon=True -o ca_bundle=no"
+    more = "-o region=7 -o ca_bundle=/a@b"
+    assert run(["ls", *options.split(), *more.split(), str(built)]) == 0
+    assert seen.pop() == {
+        "storage_options": {
+            "anonymous": True, "hedge": False, "timeout": 2.5, "concurrency": 4, "anon": True,
+            "ca_bundle": "/a@b", "region": "7",
+        },
+    }  # fmt: skip
+    assert run(["ls", str(built)]) == 0
+    assert seen.pop() == {"storage_options": {}}
+
+
+@pytest.mark.parametrize(
+    "args", [["ls", "URL"], ["copy", "URL", "x"], ["build", "URL", "x"], ["verify", "URL"]]
+)
+def test_unknown_scheme_is_one_sentence(tmp_path: Path, args: list[str], capsys: Capture) -> None:
+    url = "ftp://me:hunter2@host/x.lzm?signature=hunter2"
+    args = [{"URL": url, "x": str(tmp_path / "x")}.get(arg, arg) for arg in args]
+    assert run(args) == 2
+    err = capsys.readouterr().err
+    assert "ftp" in err
+    assert "hunter2" not in err
+    assert err.count("\n") == 1
+
+
+def test_extract_to_a_url_says_what_to_do(built: Path, capsys: Capture) -> None:
+    assert run(["extract", str(built), "s3://bucket/x"]) == 2
+    assert "lazymem copy" in capsys.readouterr().err
+
+
 # ---- help and errors ----
 
 
-@pytest.mark.parametrize("verb", ["build", "ls", "info", "verify", "extract", "cat", "doctor", "demo"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb_has_examples(verb: str, capsys: Capture) -> None:
     assert run([verb, "--help"]) == 0
     out = capsys.readouterr().out
@@ -454,7 +574,7 @@ def test_help_lists_verbs_and_exit_codes(capsys: Capture) -> None:
     out = capsys.readouterr().out
     for code in ("0 ", "1 ", "2 ", "3 ", "70 ", "130", "141"):
         assert f"\n    {code}" in out
-    for verb in ("build", "ls", "info", "verify", "extract", "cat", "doctor", "demo"):
+    for verb in VERBS:
         assert f"\n  {verb}" in out
     assert "..." not in out.partition("Commands:")[2]  # click cuts what is too long
     assert max(len(line) for line in out.splitlines()) <= 80
@@ -482,7 +602,7 @@ def test_missing_file_is_exit_3_and_one_sentence(verb: str, tmp_path: Path, caps
 def test_defect_shows_its_traceback_and_is_no_documented_code(
     built: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    def broken(source: object) -> None:
+    def broken(source: object, **options: object) -> None:
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr("lazymem.summary.list_arrays", broken)

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import pickle
 import shutil
 import signal
 from pathlib import Path
@@ -305,14 +303,6 @@ def test_names_are_strings(snapshot_path: Path) -> None:
                 snap[wrong]  # type: ignore[index]
         assert snap.get(0) is None  # type: ignore[call-overload]
         assert 0 not in snap  # type: ignore[comparison-overlap]
-
-
-def test_snapshot_says_how_it_gets_into_another_process(snapshot_path: Path) -> None:
-    with lazymem.open(snapshot_path) as snap:
-        for move in (pickle.dumps, copy.copy, copy.deepcopy):
-            with pytest.raises(TypeError, match=r"lazymem\.open\(") as caught:
-                move(snap)
-            assert str(snapshot_path) in str(caught.value)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def load_build() -> ModuleType:
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("program", ["test_uffd", "test_leaves", "test_engine"])
+@pytest.mark.parametrize("program", ["test_uffd", "test_leaves", "test_engine", "test_fetch"])
 def test_native_program_passes(program: str, sanitizer: str, tmp_path: Path) -> None:
     build = load_build()
     target = tmp_path / program
@@ -42,7 +42,9 @@ def test_native_program_passes(program: str, sanitizer: str, tmp_path: Path) -> 
     # The child of a fork may find a lock of the sanitizers' own allocator held by a thread that it does not
     # have (seen with GCC 12's ASan under load: the child hangs in pthread_create, inside libasan).
     arguments = ["fork"] if sanitizer == "plain" else []
-    env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=1"}
+    # die_after_fork: the fetcher is started by clone(CLONE_VM), which TSan takes for a fork.
+    tsan = "halt_on_error=1:die_after_fork=0"
+    env = {**os.environ, "TSAN_OPTIONS": tsan, "ASAN_OPTIONS": "detect_leaks=1"}
     done = subprocess.run(
         [str(target), *arguments], capture_output=True, text=True, timeout=100, env=env, check=False
     )
@@ -50,3 +52,15 @@ def test_native_program_passes(program: str, sanitizer: str, tmp_path: Path) -> 
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "ok\n"
+
+
+def test_fetcher_that_cannot_be_started_is_an_error(tmp_path: Path) -> None:
+    build = load_build()
+    target = tmp_path / "test_fetch"
+    sources = [HERE / "test_fetch.c", *(NATIVE / name for name in build.SOURCES)]
+    subprocess.run(
+        ["cc", *build.FLAGS, f"-I{NATIVE}", f"-I{HERE}", *map(str, sources), "-o", str(target), "-ldl"],
+        check=True,
+    )
+    done = subprocess.run([str(target), "nowhere"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr

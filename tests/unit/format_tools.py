@@ -39,6 +39,9 @@ class MemoryBlob:
         assert 0 <= offset <= offset + length <= self.size
         return self.data[offset : offset + length]
 
+    def read_into(self, offset: int, out: memoryview) -> None:
+        out[:] = self.read(offset, len(out))
+
     def fileno(self) -> None:
         return None
 

@@ -14,8 +14,10 @@ import pytest
 from safetensors.numpy import save
 
 from lazymem.containers.base import Directory, array_size
-from lazymem.containers.detect import FORMATS, open_container
+from lazymem.containers.detect import FORMATS
 from lazymem.errors import FormatError, OptionError, ReadError, SnapshotNotFound, UnsupportedFormat
+
+from .openers import open_container
 
 
 def npy() -> bytes:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from lazymem.containers import npy
 from lazymem.containers.base import Directory
-from lazymem.containers.detect import open_container
 from lazymem.errors import FormatError, UnsupportedDtype, UnsupportedFormat
+
+from .openers import open_container
 
 
 def show(directory: Directory, name: str = "data") -> NDArray[Any]:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lazymem.containers.detect import open_container
 from lazymem.errors import FormatError, UnsupportedFormat
+
+from .openers import open_container
 
 ARRAYS: dict[str, NDArray[Any]] = {
     "a": np.arange(6, dtype="<f4").reshape(2, 3),

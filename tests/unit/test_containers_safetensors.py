@@ -17,8 +17,9 @@ from safetensors.numpy import save_file
 
 from lazymem.containers import safetensors
 from lazymem.containers.base import Directory
-from lazymem.containers.detect import open_container
 from lazymem.errors import BuildError, FormatError, SnapshotNotFound, UnsupportedFormat
+
+from .openers import open_container
 
 deserialize: Any = untyped_deserialize
 
