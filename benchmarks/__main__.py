@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from lazymem.options import cpu_count
 
-from . import fault_profile, first_element, full_scan, memory, random_touch, report
+from . import fault_profile, first_element, full_scan, memory, random_touch, remote, report
 from .data import KINDS, SEED, Data
 from .harness import Case, Outcome, run_cases
 from .question import Settings
@@ -34,6 +34,7 @@ QUESTIONS: Final[dict[str, ModuleType]] = {
     "random_touch": random_touch,
     "memory": memory,
     "fault_profile": fault_profile,
+    "remote": remote,
 }
 _TINY_MB: Final = 8
 
@@ -44,6 +45,7 @@ _TINY_MB: Final = 8
     "--match", default="", help="Only cases whose name contains this, and what they are held against."
 )
 @click.option("--size-mb", default=256, type=click.IntRange(min=8), help="Size of the array, MiB.")
+@click.option("--model-mb", default=1024, type=click.IntRange(min=8), help="Size of the model in S3, MiB.")
 @click.option("--repeats", default=3, type=click.IntRange(min=1), help="Measurements of each case.")
 @click.option("--tiny", is_flag=True, help=f"{_TINY_MB} MiB, one repeat: does it run?")
 @click.option(
@@ -60,6 +62,7 @@ def main(
     only: tuple[str, ...],
     match: str,
     size_mb: int,
+    model_mb: int,
     repeats: int,
     tiny: bool,
     out: Path,
@@ -74,15 +77,22 @@ def main(
     # A run that is told to end takes its children and its folder with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if tiny:
-        size_mb, repeats = _TINY_MB, 1
+        size_mb, model_mb, repeats = _TINY_MB, _TINY_MB, 1
     console, started = Console(), time.monotonic()
     if not console.is_terminal:
         console.width = 160  # rich would cut the tables at 80
-    settings = Settings(threads=min(max(cpu_count(), 2), 8), tiny=tiny)  # what the engine takes
+    threads, skipped = min(max(cpu_count(), 2), 8), list[str]()  # threads: what the engine takes
     answers: dict[str, list[Outcome]] = {}
     head: dict[str, Any] = {
         "machine": report.machine(),
-        "options": {"size_mb": size_mb, "repeats": repeats, "tiny": tiny, "threads": settings.threads},
+        "options": {
+            "size_mb": size_mb,
+            "model_mb": model_mb,
+            "repeats": repeats,
+            "tiny": tiny,
+            "threads": threads,
+        },
+        "skipped": skipped,
         "data": {"seed": SEED, **{name: kind.text for name, kind in KINDS.items()}},
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -96,15 +106,19 @@ def main(
             question = QUESTIONS[name]
             task = progress.add_task(name, total=None, step="")
             data = Data(folder, size_mb << 20, partial(_say, progress, task))
-            cases = _matching(list(question.cases(data, settings)), match)
-            progress.update(task, total=len(cases) * repeats)
-            answers[name] = run_cases(cases, repeats, deadline, partial(_say, progress, task, advance=1))
+            with ExitStack() as servers:
+                settings = Settings(threads, tiny, model_mb, servers, skipped)
+                cases = _matching(list(question.cases(data, settings)), match)
+                progress.update(task, total=len(cases) * repeats)
+                answers[name] = run_cases(cases, repeats, deadline, partial(_say, progress, task, advance=1))
             progress.remove_task(task)
             report.show(console, question, answers[name])
             report.write_plot(out / f"{name}.png", question, answers[name])
             head["seconds"] = time.monotonic() - started
             report.write_json(out / "results.json", head, answers)
             report.write_markdown(out / "RESULTS.md", head, QUESTIONS, answers)
+    for sentence in skipped:
+        console.print(sentence, style="yellow", markup=False)
     console.print(f"{time.monotonic() - started:.0f} s; RESULTS.md, results.json and plots in {out}")
     sys.exit(any(outcome.error for outcomes in answers.values() for outcome in outcomes))
 

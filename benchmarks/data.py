@@ -10,7 +10,7 @@ well.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -81,7 +81,8 @@ class Data:
     say: Callable[[str], None] = lambda text: None
     _digests: dict[tuple[str, int, int | None], int] = field(default_factory=dict)
 
-    def _made(self, name: str, make: Callable[[Path], Any]) -> Path:
+    def made(self, name: str, make: Callable[[Path], Any]) -> Path:
+        """The file or folder of that name; `make` writes it, in a child, if it is not there."""
         path = self.folder / name
         if not path.exists():
             self.say(f"making {name}")
@@ -92,7 +93,7 @@ class Data:
 
     def raw(self, kind: str) -> Path:
         """The array's bytes and nothing else."""
-        return self._made(f"{kind}.raw", lambda target: self._write_raw(kind, target))
+        return self.made(f"{kind}.raw", lambda target: self._write_raw(kind, target))
 
     def digest_of(self, kind: str, start: int = 0, stop: int | None = None) -> int:
         """Digest of the array's bytes from start to stop."""
@@ -118,7 +119,7 @@ class Data:
         """A lazymem snapshot of the array."""
         self.raw(kind)
         name = f"{kind}-{codec}{'-planes' if planes else ''}-{chunk_size >> 10}k.lzm"
-        return self._made(
+        return self.made(
             name,
             lambda target: lazymem.build(
                 {NAME: self._array(kind)}, target, codec=codec, planes=planes, chunk_size=chunk_size
@@ -134,7 +135,7 @@ class Data:
             arrays = {f"{NAME}{i}": part for i, part in enumerate(parts)}
             lazymem.build(arrays, target, codec=codec, chunk_size=chunk_size)
 
-        return self._made(f"{kind}-{codec}-{count}-arrays-{chunk_size >> 10}k.lzm", make)
+        return self.made(f"{kind}-{codec}-{count}-arrays-{chunk_size >> 10}k.lzm", make)
 
     def zarr(self, kind: str, codec: Any, shuffle: bool, chunk_size: int) -> Path:
         """A zarr v3 array; bfloat16, which zarr does not have, as uint16."""
@@ -156,7 +157,27 @@ class Data:
                 compressors=ZstdCodec(level=3) if plain else blosc,
             )
 
-        return self._made(f"{kind}-{codec}{'-shuffle' if shuffle else ''}-{chunk_size >> 10}k.zarr", make)
+        return self.made(f"{kind}-{codec}{'-shuffle' if shuffle else ''}-{chunk_size >> 10}k.zarr", make)
+
+    def zarr_group(self, kind: str, count: int, chunk_size: int) -> Path:
+        """The same bytes as `count` arrays of a zarr v3 group, with its metadata in one place."""
+        self.raw(kind)
+
+        def make(target: Path) -> None:
+            import zarr
+            from zarr.codecs import BloscCodec
+
+            group = zarr.create_group(store=target)
+            for number, part in enumerate(np.array_split(_portable(self._array(kind)), count)):
+                group.create_array(
+                    name=f"{NAME}{number}",
+                    data=part,
+                    chunks=(chunk_size // part.itemsize,),
+                    compressors=BloscCodec(cname="zstd", clevel=_BLOSC_LEVEL["zstd"], shuffle="shuffle"),
+                )
+            zarr.consolidate_metadata(target)
+
+        return self.made(f"{kind}-zstd-shuffle-{count}-arrays-{chunk_size >> 10}k.zarr", make)
 
     def blosc2(self, kind: str, codec: str, shuffle: bool, chunk_size: int) -> Path:
         """A blosc2 NDArray in one file; bfloat16 as uint16. Block sizes are blosc2's own choice."""
@@ -179,16 +200,19 @@ class Data:
                 mode="w",
             )
 
-        return self._made(f"{kind}-{codec}{'-shuffle' if shuffle else ''}-{chunk_size >> 10}k.b2nd", make)
+        return self.made(f"{kind}-{codec}{'-shuffle' if shuffle else ''}-{chunk_size >> 10}k.b2nd", make)
 
 
 def _portable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return array.view(np.uint16) if array.dtype == _bfloat16() else array
 
 
-def digest(array: np.ndarray[Any, Any]) -> int:
-    """XXH3-64 of an array's bytes: whether a contender gave the right ones."""
+def digest(arrays: np.ndarray[Any, Any] | Sequence[np.ndarray[Any, Any]]) -> int:
+    """XXH3-64 of an array's bytes, or of several arrays' one after the other."""
     import xxhash
 
-    view: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return int(xxhash.xxh3_64_intdigest(view))
+    state = xxhash.xxh3_64()
+    for array in [arrays] if isinstance(arrays, np.ndarray) else arrays:
+        view: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        state.update(view)
+    return int(state.intdigest())

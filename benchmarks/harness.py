@@ -92,12 +92,16 @@ class Meter:
         seconds = time.perf_counter() - self._started
         usage = resource.getrusage(resource.RUSAGE_SELF)
         gc.enable()
-        cpu = usage.ru_utime + usage.ru_stime - self._usage.ru_utime - self._usage.ru_stime
         self.metrics["seconds"] = seconds
-        self.metrics["cpu_seconds"] = cpu
         if self._nbytes:
             self.metrics["gb_per_s"] = self._nbytes / seconds / 1e9
-            self.metrics["cpu_s_per_gib"] = cpu / self._nbytes * 2**30
+        self.note_cpu(usage.ru_utime + usage.ru_stime - self._usage.ru_utime - self._usage.ru_stime)
+
+    def note_cpu(self, seconds: float) -> None:
+        """Processor time where this process's own is not all of it."""
+        self.metrics["cpu_seconds"] = seconds
+        if self._nbytes:
+            self.metrics["cpu_s_per_gib"] = seconds / self._nbytes * 2**30
 
     def note(self, **metrics: float) -> None:
         self.metrics.update(metrics)
@@ -111,17 +115,21 @@ class Case:
         (None: it checked for itself).
     kind: "lazymem", "peer" or "bound". nbytes: of memory shown, for rates. memory: bytes to warm up.
     params: what plots group by. against: the case whose speed its own is divided by, by column.
+    section: the table of the question that it belongs to. apart: numbers that would disturb the clock,
+        taken once, in a child of their own.
     """
 
     name: str
     kind: str
-    run: Callable[[Meter], np.ndarray[Any, Any] | None]
+    run: Callable[[Meter], np.ndarray[Any, Any] | Sequence[np.ndarray[Any, Any]] | None]
     nbytes: int = 0
     files: tuple[Path, ...] = ()
     memory: int = 0
     digest: int | None = None
     params: dict[str, Any] = field(default_factory=dict)
     against: dict[str, str] = field(default_factory=dict)
+    section: str = ""
+    apart: Callable[[], Metrics] | None = None
 
 
 @dataclass
@@ -155,6 +163,7 @@ class Outcome:
         return {
             "name": case.name,
             "kind": case.kind,
+            "section": case.section,
             "params": case.params,
             "against": case.against,
             "nbytes": case.nbytes,
@@ -195,6 +204,7 @@ def run_cases(
     outcomes = {case.name: Outcome(case) for case in cases}
     if len(outcomes) != len(cases):
         raise ValueError("two cases have one name")
+    apart: dict[str, Metrics] = {}
     rng = random.Random(_SEED)
     for round_number in range(repeats):
         for case in rng.sample(cases, len(cases)):
@@ -202,9 +212,12 @@ def run_cases(
             step(case.name)
             metrics: Metrics | None = None
             if outcome.error is None:
-                warm_up(case)
                 try:
+                    if round_number == 0 and case.apart is not None:
+                        apart[case.name] = in_child(case.apart, deadline)
+                    warm_up(case)
                     metrics = in_child(partial(_measure, case, check=round_number == 0), deadline)
+                    metrics |= apart.get(case.name, {})
                 except CaseFailed as error:
                     outcome.error = str(error)
             outcome.runs.append(metrics)

@@ -7,7 +7,8 @@ A question is a module with TITLE, COLUMNS, `cases(data, settings)` and `plot(fi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from .harness import Outcome
@@ -17,10 +18,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
-    """threads: of decoders and peers, as many as the engine runs. tiny: only whether it runs."""
+    """threads: of decoders and peers, as many as the engine runs. tiny: only whether it runs.
+
+    model_mb: size of the remote model, MiB. stack: for what must be ended when the question has been
+    answered. skipped: a question puts there, in a sentence each, what it had to leave out.
+    """
 
     threads: int
     tiny: bool
+    model_mb: int
+    stack: ExitStack
+    skipped: list[str] = field(default_factory=list)
 
     def points(self, values: Sequence[T]) -> Sequence[T]:
         """The points of a curve: all, or its ends in a tiny run."""

@@ -23,7 +23,10 @@ from .question import Column
 
 #: Of the JSON file; raise it when a field changes its meaning.
 SCHEMA: Final = 1
-_PACKAGES: Final = ("numpy", "zstandard", "lz4", "xxhash", "zarr", "numcodecs", "blosc2")
+_PACKAGES: Final = (
+    "numpy", "zstandard", "lz4", "xxhash", "zarr", "numcodecs", "blosc2", "boto3", "s3fs", "obstore",
+    "runai-model-streamer-s3",
+)  # fmt: skip
 _STYLES: Final = {"lazymem": "bold green", "peer": "", "bound": "dim"}
 
 
@@ -110,8 +113,17 @@ def table(title: str, columns: Sequence[Column], outcomes: Sequence[Outcome]) ->
     return result
 
 
+def _sections(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """By their tables, in the order they come."""
+    found: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.case.section, []).append(outcome)
+    return found
+
+
 def show(console: Console, question: ModuleType, outcomes: Sequence[Outcome]) -> None:
-    console.print(table(question.TITLE, question.COLUMNS, outcomes))
+    for section, members in _sections(outcomes).items():
+        console.print(table(section or question.TITLE, question.COLUMNS, members))
     for outcome in outcomes:
         if outcome.error is not None:
             console.print(f"{outcome.case.name}: {outcome.error}", style="red", markup=False)
@@ -144,12 +156,15 @@ def write_markdown(
         columns = questions[name].COLUMNS
         headings = _headings(columns)
         lines += ["", f"## {questions[name].TITLE}", "", f"![{name}]({name}.png)", ""]
-        lines += ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
-        for outcome in outcomes:
-            row = _row(columns, outcome)
-            row[0] = f"**{row[0]}**" if outcome.case.kind == "lazymem" else row[0]
-            lines.append("| " + " | ".join(row + [""] * (len(headings) - len(row))) + " |")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for section, members in _sections(outcomes).items():
+            lines += ["", f"### {section}", ""] if section else []
+            lines += ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+            for outcome in members:
+                row = _row(columns, outcome)
+                row[0] = f"**{row[0]}**" if outcome.case.kind == "lazymem" else row[0]
+                lines.append("| " + " | ".join(row + [""] * (len(headings) - len(row))) + " |")
+    lines += ["", *(f"- {sentence}" for sentence in head["skipped"])]
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 def write_plot(path: Path, question: ModuleType, outcomes: Sequence[Outcome]) -> None:
