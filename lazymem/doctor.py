@@ -208,7 +208,7 @@ def _stores() -> tuple[Fact, ...]:
     return (
         fetcher,
         clouds,
-        Fact("cache", cache or "off", "" if cache else "LAZYMEM_CACHE_DIR names a directory"),
+        Fact("cache", cache or "off", "" if cache else "set LAZYMEM_CACHE_DIR"),
     )
 
 

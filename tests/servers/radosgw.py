@@ -74,8 +74,8 @@ rgw_enable_quota_threads = false
 rgw_run_sync_thread = false
 rgw_data_log_num_shards = 1
 rgw_gc_max_objs = 1
-rgw_gc_obj_min_wait = 30
-rgw_gc_processor_period = 30
+rgw_gc_obj_min_wait = 10
+rgw_gc_processor_period = 5
 rgw_lc_max_objs = 1
 rgw_override_bucket_index_max_shards = 0
 """
