@@ -453,12 +453,14 @@ static void lose_regions_locked(int index, int fd)
 
 static void *keep(void *argument)
 {
-    const struct lm_uffd *uffd = argument;
+    struct lm_uffd *uffd = argument;
     int fd = uffd->fd;
 
     /* Where this is forbidden the thread is of no use, and does no harm. */
     (void)lm_sys_isolate_descriptor(fd);
     pthread_mutex_lock(&engine->lock);
+    uffd->holds = true;
+    pthread_cond_broadcast(&engine->progress);
     while (!engine->stopping && !engine->lost)
         pthread_cond_wait(&engine->end, &engine->lock);
     if (engine->lost)
@@ -622,6 +624,7 @@ static int open_uffd_by(int index, int way)
     if (error < 0)
         return error;
     error = watch(uffd->fd, EPOLLIN | EPOLLET, (uint32_t)index);
+    uffd->holds = false;
     if (error == 0)
         error = lm_sys_thread_start(&uffd->keeper, keep, uffd);
     if (error < 0) {
@@ -629,6 +632,11 @@ static int open_uffd_by(int index, int way)
         uffd->fd = -1;
     }
     uffd->kept = error == 0;
+    /* Not a moment without it: the application may close everything as soon as it is told of the memory. */
+    pthread_mutex_lock(&engine->lock);
+    while (uffd->kept && !uffd->holds)
+        pthread_cond_wait(&engine->progress, &engine->lock);
+    pthread_mutex_unlock(&engine->lock);
     return error;
 }
 

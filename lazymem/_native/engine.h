@@ -87,7 +87,8 @@ struct lm_uffd {
     int fd; /* -1: not open */
     unsigned can; /* LM_CAN_* */
     pthread_t keeper;
-    bool kept; /* the keeper runs */
+    bool kept;  /* the keeper runs */
+    bool holds; /* and has it in a table of its own. Under lock */
 };
 
 #define LM_UFFD_FULL 0
