@@ -178,7 +178,7 @@ def cases(data: Data, settings: Settings) -> Iterator[Case]:
                     partial(bounds.decode, snapshot=decoded, threads=settings.threads, target="fresh"),
                     model.nbytes,
                     files=(decoded,),
-                    memory=2 * model.nbytes,
+                    memory=model.nbytes * 5 // 4,
                     section=_section(task, place),
                 )
 
@@ -217,7 +217,7 @@ def _cases_of(task: Task, place: Place, server: Server, model: Model, settings: 
             kind=one.kind,
             run=runs[place.name],
             nbytes=task.nbytes,
-            memory=2 * task.nbytes,
+            memory=task.nbytes * 5 // 4,
             digest=task.digest,
             params={"task": task.name, "contender": one.name, "place": place.name},
             against={"of_sockets": prefix + _BOUND},
