@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 KEY = "model.lzm"
 # Small ranges, so that there are many requests for the network to spoil.
 PATIENT = {"timeout": 60, "attempt_timeout": 1.5, "coalesce_size": 256 * 1024}
-HASTY = {"timeout": 1, "attempt_timeout": 0.5}
+HASTY = {"timeout": 4, "attempt_timeout": 2}  # a loaded machine opens in a second
 
 
 @pytest.fixture
