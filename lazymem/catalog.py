@@ -57,6 +57,7 @@ class Layout:
     """What a region is made of: runs and records of FORMAT.md over numbered sources.
 
     pieces: the same as ranges of files to be mapped, or None where they cannot be.
+    strips: of a composed region (composition.py), cut from `stock`, whose records these are.
     """
 
     content_size: int
@@ -64,6 +65,8 @@ class Layout:
     runs: NDArray[np.void]
     records: NDArray[np.void]
     pieces: tuple[MapPiece, ...] | None
+    strips: NDArray[np.void] | None = None
+    stock: Layout | None = None
 
 
 class Catalog(Protocol):
@@ -87,7 +90,7 @@ class Catalog(Protocol):
     def tables(self) -> ArrayTables: ...
 
     def layout(self, fds: Sequence[int]) -> Layout:
-        """fds: a descriptor for each source, -1 for one that is not a local file."""
+        """fds: a descriptor for each source, -1 for one that is not a local file; none: no pieces."""
 
 
 def _one_table(rows: NDArray[np.void], name_bytes: bytes) -> ArrayTables:
@@ -144,7 +147,7 @@ class IndexCatalog:
 
     def layout(self, fds: Sequence[int]) -> Layout:
         index = self._index
-        return Layout(index.content_size, index.chunk_size, index.runs, index.records, self._pieces(fds[0]))
+        return Layout(index.content_size, index.chunk_size, index.runs, index.records, self._pieces(fds[0] if fds else -1))
 
     def _pieces(self, fd: int) -> tuple[MapPiece, ...] | None:
         """Runs of the file that can be mapped: all chunks as they are, on page boundaries."""
@@ -236,7 +239,7 @@ class DirectoryCatalog:
         runs = np.zeros(1 if len(table) else 0, structs.RUN.dtype)
         runs["count"] = len(table)
         pieces = None
-        if min(fds, default=0) >= 0:
+        if len(fds) == len(self._directory.files) and min(fds, default=0) >= 0:
             pieces = tuple(
                 MapPiece(base, 0, blob.size, fd)
                 for base, blob, fd in zip(self._bases, self._directory.files, fds, strict=True)

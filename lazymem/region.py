@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,7 +192,7 @@ class Region:
         pieces = () if layout.content_size == 0 else layout.pieces
         if pieces is None:
             raise BackendUnavailable(
-                f"{url}: is compressed or not a local file, and backend 'map' shows only plain bytes of "
+                f"{url}: is compressed, converted, or not a local file, and backend 'map' shows only plain bytes of "
                 "local files; use backend 'auto'"
             )
         try:
@@ -231,6 +231,7 @@ class Region:
                 array_lengths=tables.lengths.tobytes(),
                 name_offsets=tables.name_offsets.tobytes() if len(tables.offsets) else b"",
                 names=tables.names,
+                **_strips(layout),
             )
             try:
                 return NativeRegion.open(spec)
@@ -393,6 +394,18 @@ class Region:
             chunk=chunk,
             array=array,
         )
+
+
+def _strips(layout: Layout) -> dict[str, Any]:
+    stock = layout.stock
+    if layout.strips is None or stock is None or not len(layout.strips):
+        return {}
+    return {
+        "strips": layout.strips.tobytes(),
+        "stock_size": stock.content_size,
+        "stock_chunk_size": stock.chunk_size,
+        "stock_runs": stock.runs.tobytes(),
+    }
 
 
 def _descriptor(blob: Blob) -> int:

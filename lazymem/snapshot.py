@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .catalog import ArrayInfo, Catalog, DirectoryCatalog, IndexCatalog
+from .composition import ComposedCatalog, cast_recipes, float_dtype
 from .containers.base import Directory
 from .errors import ArrayNotFound, OptionError, SnapshotChanged
 from .format.reader import load_index
@@ -404,6 +405,7 @@ def open(
     as_format: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     cache: StrPath | bool | None = None,
+    dtype: Any = None,
 ) -> Snapshot:
     """Open a snapshot, or another format's file, as memory. Reads its index and no more.
 
@@ -418,6 +420,9 @@ def open(
         as boto3 finds it: environment, configuration files, instance roles.
     cache: keep what is read from URLs on disk: a directory; True: LAZYMEM_CACHE_DIR, else
         ~/.cache/lazymem; False: no; None: only if LAZYMEM_CACHE_DIR is set.
+
+    dtype: show floating-point arrays as "float16", "bfloat16", "float32" or "float64" (a name, or a numpy
+        dtype): each chunk is converted when it is first touched. Rounded as numpy's astype does.
 
     A remote object costs one request to open, or two (a large index; a container's header), each touch
     of a new chunk one more. Every request is for the version that was opened; if the object is replaced,
@@ -438,7 +443,10 @@ def open(
     store = StoreOptions.from_environment(storage_options, cache=cache)
     location = location_of(source)
     with contextlib.ExitStack() as stack:
+        target = None if dtype is None else float_dtype(dtype)
         url, catalog, blobs, digest = _load(location, options, store, as_format, stack)
+        if target is not None and any(catalog.info(name).dtype != target for name in catalog.names):
+            catalog = ComposedCatalog(catalog, cast_recipes(catalog, target))
         region = Region.open(url, catalog, blobs, options)
         stack.pop_all()
     public = store.public()
@@ -447,6 +455,7 @@ def open(
     keywords = {
         "mode": mode, "backend": backend, "install": install, "threads": threads, "chunk_size": chunk_size,
         "readahead": readahead, "as_format": as_format, "storage_options": public or None,
+        "dtype": None if target is None else target.name,
     }  # fmt: skip
     reference = Reference(
         location if locations.scheme_of(location) else os.path.abspath(locations.local_path(location)),

@@ -52,6 +52,19 @@ _OWN_CODES: Final = {
     lib.LM_E_FETCHER: "the fetcher cannot be started or does not answer",
 }
 CHUNK_UNCHECKED: Final[int] = lib.LM_CHUNK_UNCHECKED
+
+#: Floating-point formats by the names of numpy's and ml_dtypes' dtypes (lazymem.h, "casts").
+FLOATS: Final[dict[str, int]] = {
+    "float16": lib.LM_FLOAT_16,
+    "bfloat16": lib.LM_FLOAT_BRAIN,
+    "float32": lib.LM_FLOAT_32,
+    "float64": lib.LM_FLOAT_64,
+    "float8_e4m3fn": lib.LM_FLOAT_8_E4M3FN,
+    "float8_e5m2": lib.LM_FLOAT_8_E5M2,
+    "float8_e4m3fnuz": lib.LM_FLOAT_8_E4M3FNUZ,
+    "float8_e5m2fnuz": lib.LM_FLOAT_8_E5M2FNUZ,
+}
+CAST_NONE: Final[int] = lib.LM_CAST_NONE
 E_SHORT: Final[int] = lib.LM_E_SHORT
 E_CHECKSUM: Final[int] = lib.LM_E_CHECKSUM
 E_DECODE: Final[int] = lib.LM_E_DECODE
@@ -160,6 +173,14 @@ def _planes(function: Any, source: Any, target: Any, width: int) -> None:
         if len(given) != len(wanted):
             raise ValueError(f"source has {len(given)} bytes and target {len(wanted)}")
         _check(function(given, wanted, len(given), width))
+
+
+def cast(source: Any, target: Any, count: int, code: int) -> None:
+    """`count` numbers of `source` into `target`; `code` is that of an lm_strip. Raises `NativeError`."""
+    with ffi.from_buffer(source) as given, ffi.from_buffer(target, require_writable=True) as wanted:
+        if count < 0 or max(len(given), len(wanted)) < count:
+            raise ValueError(f"{count} numbers do not lie in {len(given)} and {len(wanted)} bytes")
+        _check(lib.lm_cast(given, wanted, count, code))
 
 
 class Decoder:
@@ -285,6 +306,7 @@ class RegionSpec:
 
     sources: where fds are -1, the numbers that `source_open` gave; the rest: see lazymem.h.
     Array tables: offsets and lengths as uint64, name_offsets as uint32 (one more than arrays).
+    strips and stock_*: of a composed region, which records are then the stock's.
     """
 
     url: str
@@ -307,6 +329,10 @@ class RegionSpec:
     array_lengths: bytes = b""
     name_offsets: bytes = b""
     names: bytes = b""
+    strips: bytes = b""
+    stock_size: int = 0
+    stock_chunk_size: int = 0
+    stock_runs: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +370,8 @@ class NativeRegion:
     def open(cls, spec: RegionSpec) -> NativeRegion:
         runs, run_count = _table("lm_run", spec.runs)
         records, record_count = _table("lm_chunk_record", spec.records)
+        strips, strip_count = _table("lm_strip", spec.strips)
+        stock_runs, stock_run_count = _table("lm_run", spec.stock_runs)
         offsets, array_count = _table("uint64_t", spec.array_offsets)
         lengths, length_count = _table("uint64_t", spec.array_lengths)
         name_offsets, name_count = _table("uint32_t", spec.name_offsets)
@@ -389,6 +417,12 @@ class NativeRegion:
                 "array_lengths": lengths,
                 "name_offsets": name_offsets,
                 "names": keep[3],
+                "strips": strips,
+                "strip_count": strip_count,
+                "stock_size": spec.stock_size,
+                "stock_chunk_size": spec.stock_chunk_size,
+                "stock_runs": stock_runs,
+                "stock_run_count": stock_run_count,
             },
         )
         out = ffi.new("lm_region **")

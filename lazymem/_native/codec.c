@@ -131,22 +131,6 @@ int lm_codec_check(const lm_chunk_record *record, const void *stored)
     return lm_codec_checksum(stored, record->stored_length) == record->checksum ? 0 : LM_E_CHECKSUM;
 }
 
-static int grow_scratch(lm_decoder *decoder, size_t length)
-{
-    void *memory;
-    int error;
-
-    if (decoder->scratch_length >= length)
-        return 0;
-    error = lm_sys_alloc_buffer(length, &memory);
-    if (error < 0)
-        return error;
-    lm_sys_free(decoder->scratch, decoder->scratch_length);
-    decoder->scratch = memory;
-    decoder->scratch_length = length;
-    return 0;
-}
-
 /* Only a container read in place may end within a chunk (the last of each of its files does). */
 static int decode_short(const lm_chunk_record *record, const void *stored, void *out, size_t raw_length)
 {
@@ -169,7 +153,7 @@ int lm_codec_decode(lm_decoder *decoder, const lm_chunk_record *record, const vo
     if (record->filter == LM_FILTER_PLANES) {
         if (record->width != 2 && record->width != 4 && record->width != 8)
             return LM_E_RECORD;
-        error = grow_scratch(decoder, raw_length);
+        error = lm_sys_grow_buffer(&decoder->scratch, &decoder->scratch_length, raw_length);
         target = decoder->scratch;
     } else if (record->filter != LM_FILTER_NONE) {
         return LM_E_RECORD;

@@ -124,6 +124,29 @@ static void ring(unsigned times)
         ;
 }
 
+bool lm_engine_by_courier(const struct lm_region *region)
+{
+    return region->remote && !region->composed;
+}
+
+static struct lm_queue *queue_of(const struct lm_region *region)
+{
+    if (!region->remote)
+        return &engine->queue;
+    return region->composed ? &engine->composing : &engine->remote;
+}
+
+bool lm_engine_push_span_locked(const struct lm_span *span, bool front)
+{
+    if (!lm_queue_push_span(queue_of(span->region), span, front))
+        return false;
+    if (lm_engine_by_courier(span->region))
+        lm_fetch_wake_locked();
+    else
+        pthread_cond_broadcast(&engine->work);
+    return true;
+}
+
 /* A thread that reads one page after the next gets the following chunks beforehand: at most as many as
  * it has already gone through, never past the end of the array that it reads. */
 static void run_ahead_locked(struct lm_region *region, uint64_t chunk)
@@ -154,13 +177,8 @@ static void run_ahead_locked(struct lm_region *region, uint64_t chunk)
     if (start < end) {
         struct lm_span span = { .region = region, .next = start, .end = end };
 
-        if (lm_queue_push_span(region->remote ? &engine->remote : &engine->queue, &span, false)) {
+        if (lm_engine_push_span_locked(&span, false))
             region->ahead.end = end;
-            if (region->remote)
-                lm_fetch_wake_locked();
-            else
-                pthread_cond_broadcast(&engine->work);
-        }
     }
 }
 
@@ -182,7 +200,7 @@ static bool accept_fault_locked(uintptr_t address, uint64_t now, struct lm_task 
         }
         if (lm_table_want(&region->table, task.chunk)) {
             run_ahead_locked(region, task.chunk);
-            if (region->remote)
+            if (region->remote) /* composed or not */
                 lm_fetch_promote_locked(region, task.chunk);
             return false; /* its owner wakes the whole chunk, whatever comes of it */
         }
@@ -211,18 +229,23 @@ void lm_engine_turn_away_locked(const struct lm_task *task)
                            (size_t)1 << region->table.chunk_shift);
 }
 
-/* Its bytes come over a network, and only those. */
-static bool is_for_courier(const struct lm_task *task)
+/* Whoever serves the queue that a fault goes to: the courier where its bytes come over a network, and only
+ * those; a composer where it may have to wait for some; else any resolver. */
+static struct lm_queue *queue_for(const struct lm_task *task)
 {
-    return task->region->remote && task->kind == LM_TASK_DEMAND &&
-           lm_table_record(&task->region->table, task->chunk) != NULL;
+    struct lm_queue *queue = queue_of(task->region);
+
+    if (queue == &engine->remote && (task->kind != LM_TASK_DEMAND ||
+                                     lm_table_record(&task->region->table, task->chunk) == NULL))
+        return &engine->queue;
+    return queue;
 }
 
 /* Read what the kernel has and queue it. */
 static void intake(int fd)
 {
     struct lm_uffd_message messages[LM_MESSAGES];
-    unsigned queued = 0, asked = 0;
+    unsigned queued = 0, asked = 0, composed = 0;
     int count, i;
 
     do {
@@ -234,20 +257,22 @@ static void intake(int fd)
         now = lm_sys_now_ns();
         pthread_mutex_lock(&engine->lock);
         for (i = 0; i < count; i++) {
+            struct lm_queue *queue;
             struct lm_task task;
 
             if (messages[i].event != LM_UFFD_EVENT_PAGEFAULT ||
                 !accept_fault_locked((uintptr_t)messages[i].address, now, &task))
                 continue;
-            if (!lm_queue_push_task(is_for_courier(&task) ? &engine->remote : &engine->queue, &task))
+            queue = queue_for(&task);
+            if (!lm_queue_push_task(queue, &task))
                 lm_engine_turn_away_locked(&task);
-            else if (is_for_courier(&task))
-                asked++;
             else
-                queued++;
+                ++*(queue == &engine->remote ? &asked : queue == &engine->composing ? &composed : &queued);
         }
         if (asked > 0)
             lm_fetch_wake_locked();
+        if (composed > 0)
+            pthread_cond_broadcast(&engine->work);
         pthread_mutex_unlock(&engine->lock);
     } while (count == LM_MESSAGES); /* the poller reports an edge: leave nothing behind */
     if (queued > 1)
@@ -256,7 +281,7 @@ static void intake(int fd)
 
 /* ---- workers ---- */
 
-static bool take_prefetch_locked(struct lm_task *ret_task)
+static bool take_prefetch_locked(struct lm_queue *queue, struct lm_task *ret_task)
 {
     struct lm_span *span;
     unsigned looked;
@@ -267,7 +292,7 @@ static bool take_prefetch_locked(struct lm_task *ret_task)
         uint64_t chunk;
         bool claimed = false;
 
-        span = lm_queue_first_span(&engine->queue);
+        span = lm_queue_first_span(queue);
         if (span == NULL)
             return false;
         region = span->region;
@@ -280,7 +305,7 @@ static bool take_prefetch_locked(struct lm_task *ret_task)
             claimed = lm_table_claim(&region->table, chunk, false);
         }
         if (span->next >= span->end)
-            lm_queue_pop_span(&engine->queue);
+            lm_queue_pop_span(queue);
         if (claimed) {
             *ret_task = (struct lm_task){ .region = region, .chunk = chunk, .kind = LM_TASK_PREFETCH };
             region->tasks++;
@@ -307,7 +332,7 @@ static bool take(struct lm_task *ret_task, bool helper)
 
     pthread_mutex_lock(&engine->lock);
     taken = lm_queue_pop_task(&engine->queue, ret_task) || lm_queue_pop_task(&engine->arrived, ret_task) ||
-            (helper && (lm_queue_pop_task(&engine->early, ret_task) || take_prefetch_locked(ret_task)));
+            (helper && (lm_queue_pop_task(&engine->early, ret_task) || take_prefetch_locked(&engine->queue, ret_task)));
     pthread_mutex_unlock(&engine->lock);
     return taken;
 }
@@ -366,6 +391,37 @@ static void *help(void *argument)
         if (stopping)
             return NULL;
     }
+}
+
+static bool take_composing_locked(struct lm_task *ret_task)
+{
+    if (lm_queue_pop_task(&engine->composing, ret_task))
+        return true;
+    return engine->composing_ahead < LM_COMPOSERS - LM_COMPOSERS_KEPT &&
+           take_prefetch_locked(&engine->composing, ret_task);
+}
+
+static void *compose(void *argument)
+{
+    struct lm_worker *worker = argument;
+    struct lm_task task;
+    bool ahead;
+
+    pthread_mutex_lock(&engine->lock);
+    while (!engine->stopping) {
+        if (!take_composing_locked(&task)) {
+            pthread_cond_wait(&engine->work, &engine->lock);
+            continue;
+        }
+        ahead = task.kind == LM_TASK_PREFETCH;
+        engine->composing_ahead += ahead;
+        pthread_mutex_unlock(&engine->lock);
+        run(worker, &task);
+        pthread_mutex_lock(&engine->lock);
+        engine->composing_ahead -= ahead;
+    }
+    pthread_mutex_unlock(&engine->lock);
+    return NULL;
 }
 
 /* ---- start and stop ---- */
@@ -505,12 +561,20 @@ int lm_engine_threads_locked(void)
 
     if (error == 0)
         error = start_threads(engine->helpers, engine->helper_count, help);
+    if (error == 0 && engine->composer_count > 0)
+        error = start_threads(engine->composers, engine->composer_count, compose);
     if (error == 0) {
         pthread_mutex_lock(&engine->lock);
         engine->has_helpers = true;
         pthread_mutex_unlock(&engine->lock);
     }
     return error;
+}
+
+int lm_engine_composers_locked(void)
+{
+    engine->composer_count = LM_COMPOSERS;
+    return lm_engine_threads_locked();
 }
 
 static void stop_threads(struct lm_worker *workers, int count)
@@ -541,6 +605,8 @@ static void stop(void)
             pthread_join(engine->uffds[i].keeper, NULL);
     stop_threads(engine->resolvers, LM_MAX_RESOLVERS);
     stop_threads(engine->helpers, LM_MAX_HELPERS);
+    stop_threads(engine->composers, LM_COMPOSERS);
+    engine->composer_count = 0;
     engine->has_helpers = false;
     close_descriptors();
     lm_sys_free(engine->regions, engine->region_capacity * sizeof *engine->regions);
@@ -571,6 +637,7 @@ int lm_engine_acquire_locked(int threads)
     lm_queue_clear(&engine->remote);
     lm_queue_clear(&engine->arrived);
     lm_queue_clear(&engine->early);
+    lm_queue_clear(&engine->composing);
     pthread_mutex_unlock(&engine->lock);
     error = open_poller();
     if (error == 0)
@@ -669,6 +736,8 @@ int lm_engine_thread_count(void)
         count += engine->resolvers[i].running;
     for (i = 0; i < LM_MAX_HELPERS; i++)
         count += engine->helpers[i].running;
+    for (i = 0; i < LM_COMPOSERS; i++)
+        count += engine->composers[i].running;
     for (i = 0; i < LM_UFFD_COUNT; i++)
         count += engine->uffds[i].kept;
     pthread_mutex_unlock(&engine->lifecycle);
@@ -741,7 +810,7 @@ static void after_fork_in_child(void)
 {
     int errors[LM_UFFD_COUNT] = { 0 };
     bool used[LM_UFFD_COUNT];
-    bool remote = false;
+    bool remote = false, composers = engine->composer_count > 0;
     int index, error;
     size_t i;
 
@@ -751,12 +820,15 @@ static void after_fork_in_child(void)
     lm_queue_clear(&engine->remote);
     lm_queue_clear(&engine->arrived);
     lm_queue_clear(&engine->early);
+    lm_queue_clear(&engine->composing);
+    engine->composing_ahead = 0;
     error = lm_fetch_after_fork(remote);
     if (engine->users == 0)
         return;
     lm_queue_clear(&engine->queue);
     forget_workers(engine->resolvers, LM_MAX_RESOLVERS);
     forget_workers(engine->helpers, LM_MAX_HELPERS);
+    forget_workers(engine->composers, LM_COMPOSERS);
     engine->has_helpers = false;
     for (index = 0; index < LM_UFFD_COUNT; index++)
         used[index] = engine->uffds[index].fd >= 0;
@@ -770,6 +842,8 @@ static void after_fork_in_child(void)
         error = start_threads(engine->helpers, 1, help);
         engine->has_helpers = error == 0;
     }
+    if (error == 0 && composers)
+        error = start_threads(engine->composers, 1, compose);
     for (index = 0; index < LM_UFFD_COUNT; index++) {
         errors[index] = error;
         if (error == 0 && used[index])

@@ -24,6 +24,8 @@
 
 #define LM_MAX_RESOLVERS 64
 #define LM_MAX_HELPERS   64
+#define LM_COMPOSERS     16 /* threads that may wait for remote stock; */
+#define LM_COMPOSERS_KEPT 4 /* of them, those that are left to demand */
 #define LM_ERROR_SLOTS   64
 #define LM_ERROR_TEXT    512
 
@@ -38,6 +40,12 @@ struct lm_extent { uint64_t start, length; }; /* bytes, from the region's base *
 
 struct lm_region {
     struct lm_table table;
+    uint64_t serial; /* no other region of this process has or had it; not 0 */
+    /* Composed (compose.h): what it is cut from, and how. */
+    bool composed;
+    struct lm_table stock;
+    lm_strip *strips;
+    uint64_t strip_count;
     unsigned char *base;
     uint64_t size; /* whole chunks, or whole pages for a plain mapping */
     size_t memory; /* bytes of the allocation that holds this and the tables below */
@@ -79,8 +87,11 @@ struct lm_worker {
     pthread_t thread;
     bool running; /* under lifecycle */
     lm_decoder *decoder;
-    unsigned char *stored, *plain; /* as read; as the region will show it */
+    void *stored, *plain; /* as read; as the region will show it */
     size_t stored_length, plain_length;
+    void *stock; /* the last chunk of stock that was decoded, and of what; region 0: of nothing */
+    size_t stock_length;
+    uint64_t stock_region, stock_chunk;
 };
 
 struct lm_uffd {
@@ -106,8 +117,9 @@ struct lm_engine {
     bool stopping, has_helpers, lost;
     int poller, bell;
     struct lm_uffd uffds[LM_UFFD_COUNT];
-    int resolver_count, helper_count; /* wanted */
-    struct lm_worker resolvers[LM_MAX_RESOLVERS], helpers[LM_MAX_HELPERS];
+    int resolver_count, helper_count, composer_count; /* wanted */
+    struct lm_worker resolvers[LM_MAX_RESOLVERS], helpers[LM_MAX_HELPERS], composers[LM_COMPOSERS];
+    unsigned composing_ahead; /* composers at work for nobody who waits. Under lock */
 
     struct lm_region **regions; /* sorted by base */
     size_t region_count, region_capacity;
@@ -115,6 +127,7 @@ struct lm_engine {
     struct lm_queue remote;    /* of chunks to be asked for */
     struct lm_queue arrived;   /* tasks only: chunks whose bytes came, and somebody waits for them */
     struct lm_queue early;     /* tasks only: the same, before anybody touched them */
+    struct lm_queue composing; /* for composers: chunks of composed regions whose stock is remote */
 };
 
 extern struct lm_engine lm_engine;
@@ -124,8 +137,13 @@ int lm_engine_acquire_locked(int threads); /* start if need be */
 void lm_engine_release_locked(void);       /* stop after the last */
 int lm_engine_uffd_locked(int backend, int *ret_index);
 int lm_engine_threads_locked(void);        /* have all wanted threads run */
+int lm_engine_composers_locked(void);      /* composers are wanted, too */
 int lm_engine_insert(struct lm_region *region);
 void lm_engine_remove(struct lm_region *region);
+/* Whether chunks of the region come by way of the courier: remote, and not composed. */
+bool lm_engine_by_courier(const struct lm_region *region);
+/* Where spans of a region are put, and rouse whoever takes them from there. lock is held. */
+bool lm_engine_push_span_locked(const struct lm_span *span, bool front);
 /* No room in a queue: give the chunk back, and let whoever waits for it fault again. lock is held. */
 void lm_engine_turn_away_locked(const struct lm_task *task);
 /* An ioctl or read found that the application has closed our descriptors. */

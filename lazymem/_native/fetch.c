@@ -148,15 +148,20 @@ static const lm_chunk_record *record_of(const struct lm_task *task)
     return lm_table_record(&task->region->table, task->chunk);
 }
 
-static bool record_is_sound(const struct lm_region *region, const lm_chunk_record *record)
+static bool record_is_sound(const struct lm_region *region, const lm_chunk_record *record, unsigned chunk_shift)
 {
     uint64_t size;
 
     if (record->source >= region->source_count)
         return false;
     size = region->source_sizes[record->source];
-    return record->stored_length <= (UINT64_C(1) << region->table.chunk_shift) &&
+    return record->stored_length <= (UINT64_C(1) << chunk_shift) &&
            record->offset <= size && record->stored_length <= size - record->offset;
+}
+
+static bool task_is_sound(const struct lm_task *task)
+{
+    return record_is_sound(task->region, record_of(task), task->region->table.chunk_shift);
 }
 
 /* Hand a chunk to the workers: with its bytes, or with why there are none. The queues have room for every
@@ -251,7 +256,7 @@ static void gather_demand_locked(void)
     for (;;) {
         count = 0;
         while (count < LM_BATCH && lm_queue_pop_task(&engine->remote, &task)) {
-            if (record_is_sound(task.region, record_of(&task))) {
+            if (task_is_sound(&task)) {
                 batch[count++] = task;
             } else if (!refuse_task_locked(&task)) {
                 (void)lm_queue_push_task(&engine->remote, &task); /* it has just made room */
@@ -294,7 +299,7 @@ static unsigned look_ahead_locked(struct lm_span *span, uint64_t most, struct lm
         }
         record = lm_table_record(&region->table, chunk);
         if (state == LM_STATE_ABSENT || state == LM_STATE_FAILED) {
-            bool sound = record_is_sound(region, record);
+            bool sound = record_is_sound(region, record, region->table.chunk_shift);
 
             if (count == 0 && sound) {
                 start = record->offset;
@@ -339,7 +344,7 @@ static void gather_ahead_locked(void)
         if (fetch.in_use >= LM_AHEAD_RANGES || lm_arena_used(&fetch.arena) >= LM_AHEAD_BYTES)
             return;
         count = look_ahead_locked(span, share_of(span), tasks);
-        if (count > 0 && !record_is_sound(span->region, record_of(&tasks[0]))) {
+        if (count > 0 && !task_is_sound(&tasks[0])) {
             if (!refuse_task_locked(&tasks[0]))
                 return;
             (void)lm_table_claim(table, tasks[0].chunk, false);
@@ -386,7 +391,8 @@ void lm_fetch_promote_locked(struct lm_region *region, uint64_t chunk)
         struct lm_range *range = &fetch.ranges[i];
 
         if ((range->state != LM_RANGE_WAITING && range->state != LM_RANGE_ASKED) || range->demand ||
-            find_task_locked(range, region, chunk) == NULL)
+            (find_task_locked(range, region, chunk) == NULL &&
+             (range->stock_region != region || range->stock_chunk != chunk)))
             continue;
         range->demand = true;
         range->promote = range->state == LM_RANGE_ASKED;
@@ -1073,6 +1079,72 @@ void lm_fetch_drop(uint64_t id)
         free_range_locked(range);
     }
     pthread_mutex_unlock(&engine->lock);
+}
+
+/* A range for it, once there is a free one; NULL if the region closes meanwhile. */
+static struct lm_range *wait_for_range_locked(const struct lm_region *region, uint32_t source)
+{
+    struct lm_range *range = NULL;
+    struct timespec soon;
+
+    while (!region->closing &&
+           (range = take_range_locked(LM_ASK_RANGE, source, region->fetch_timeout_ms)) == NULL) {
+        lm_sys_deadline(LM_BLOCKED_MS, &soon);
+        (void)pthread_cond_timedwait(&engine->progress, &engine->lock, &soon);
+    }
+    return range;
+}
+
+int lm_fetch_read(const struct lm_task *task, const lm_chunk_record *record, bool refetch, void *out, char *text)
+{
+    struct lm_region *region = task->region;
+    uint64_t time = now_ns();
+    struct lm_range *range;
+    int error;
+
+    if (!record_is_sound(region, record, region->stock.chunk_shift))
+        return LM_E_RECORD;
+    pthread_mutex_lock(&engine->lock);
+    range = wait_for_range_locked(region, region->sources[record->source]);
+    if (range == NULL) {
+        pthread_mutex_unlock(&engine->lock);
+        return LM_E_CLOSED;
+    }
+    range->offset = record->offset;
+    range->length = record->stored_length;
+    range->demand = task->kind != LM_TASK_PREFETCH ||
+                    (lm_table_state(&region->table, task->chunk) & LM_TABLE_WANTED) != 0;
+    range->refetch = refetch;
+    range->stock_region = region;
+    range->stock_chunk = task->chunk;
+    lm_fetch_wake_locked();
+    while (range->state != LM_RANGE_READY && !region->closing)
+        pthread_cond_wait(&engine->progress, &engine->lock);
+    if (range->state != LM_RANGE_READY) { /* whatever comes of it is nobody's */
+        range->stock_region = NULL;
+        if (range->state == LM_RANGE_WAITING) {
+            free_range_locked(range);
+        } else {
+            range->state = LM_RANGE_CANCELLED;
+            range->cancel = true;
+            lm_fetch_wake_locked();
+        }
+        pthread_mutex_unlock(&engine->lock);
+        return LM_E_CLOSED;
+    }
+    pthread_mutex_unlock(&engine->lock);
+    error = range->code;
+    if (error == 0)
+        memcpy(out, fetch.memory + range->place, record->stored_length);
+    else
+        memcpy(text, range->text, range->text_length + 1u);
+    atomic_fetch_add(&region->counters.reads, range->requests);
+    atomic_fetch_add(&region->counters.bytes_read, range->received);
+    atomic_fetch_add(&region->counters.read_ns, now_ns() - time);
+    pthread_mutex_lock(&engine->lock);
+    free_range_locked(range);
+    pthread_mutex_unlock(&engine->lock);
+    return error;
 }
 
 int lm_fetcher_pid(void)

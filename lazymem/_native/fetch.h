@@ -37,7 +37,10 @@ struct lm_range {
     bool demand, refetch;
     bool promote, cancel; /* a message to that effect is to be sent */
 
-    struct lm_region *region; /* NULL: a call */
+    struct lm_region *region; /* NULL: a call, or stock */
+    /* Of stock: what it is for, to be found when that chunk is touched. */
+    const struct lm_region *stock_region;
+    uint64_t stock_chunk;
     unsigned task_count, left; /* chunks; those not populated yet */
     struct lm_task tasks[LM_RANGE_CHUNKS];
 
@@ -55,6 +58,10 @@ void lm_fetch_wake_locked(void);
 void lm_fetch_promote_locked(struct lm_region *region, uint64_t chunk);
 /* A worker is done with a delivered chunk. lock is held. */
 void lm_fetch_release_locked(struct lm_range *range);
+/* Bring the stored bytes of a piece of stock, for a chunk of a composed region, to `out`. Waits for the
+ * network, so only composers call it. LM_E_CLOSED: the region closes. text: LM_FETCH_TEXT bytes, what the
+ * store said of a failure. */
+int lm_fetch_read(const struct lm_task *task, const lm_chunk_record *record, bool refetch, void *out, char *text);
 /* Give up whatever is on its way for a region that closes. lock is held. */
 void lm_fetch_forget_locked(struct lm_region *region);
 /* In the child of a fork: there is neither courier nor fetcher. wanted: start a courier. */

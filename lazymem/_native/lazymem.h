@@ -94,6 +94,21 @@ int lm_bytes_are_zero(const void *data, size_t length);
 int lm_planes_split(const void *in, void *out, size_t length, int width);
 int lm_planes_join(const void *in, void *out, size_t length, int width);
 
+/* ---- casts: numbers of one floating-point format as those of another ---- */
+#define LM_FLOAT_16          1
+#define LM_FLOAT_BRAIN       2 /* bfloat16 */
+#define LM_FLOAT_32          3
+#define LM_FLOAT_64          4
+#define LM_FLOAT_8_E4M3FN    5 /* the formats of 8 bits can only be cast from */
+#define LM_FLOAT_8_E5M2      6
+#define LM_FLOAT_8_E4M3FNUZ  7
+#define LM_FLOAT_8_E5M2FNUZ  8
+#define LM_FLOAT_COUNT       9
+
+/* A cast is LM_FLOAT_* of the source * 256 + LM_FLOAT_* of the target, or this: bytes as they are. */
+#define LM_CAST_NONE 0
+int lm_cast(const void *in, void *out, size_t count, uint32_t cast);
+
 /* ---- one decoder a thread: stored bytes -> the chunk's bytes ---- */
 typedef struct lm_decoder lm_decoder;
 int lm_decoder_new(lm_decoder **ret_decoder);
@@ -232,6 +247,15 @@ uint64_t lm_fetcher_starts(void); /* in this process, restarts counted */
 
 typedef struct lm_region lm_region;
 
+/* A part of a composed region: `length` bytes of the stock from `from` on, cast, lie at `to` in the region. */
+typedef struct {
+    uint64_t to;     /* a multiple of the target's element size */
+    uint64_t from;   /* need not be aligned */
+    uint64_t length; /* whole elements of the cast's source */
+    uint32_t cast;   /* LM_CAST_NONE, or see there */
+    uint32_t reserved;
+} lm_strip;
+
 /* Everything is copied; nothing is borrowed after the call returns. */
 typedef struct {
     uint64_t content_size;      /* bytes; the region is this rounded up to whole chunks */
@@ -260,6 +284,16 @@ typedef struct {
     const uint64_t *array_lengths;
     const uint32_t *name_offsets; /* array_count + 1 of them, into names */
     const char *names;
+    /* A composed region shows another content, the stock, cut into strips: in another order, in other
+     * formats. content_size, chunk_size and runs say what it shows (first_record of a run that is not of
+     * zeros means nothing then), records and stock_* what it is made of. Strips are sorted by `to` and do
+     * not overlap; where there are none it shows zeros. */
+    const lm_strip *strips;
+    uint64_t strip_count;   /* 0: not composed */
+    uint64_t stock_size;    /* bytes */
+    uint32_t stock_chunk_size;
+    const lm_run *stock_runs;
+    uint64_t stock_run_count;
 } lm_region_spec;
 
 /* A piece of a plain region: `length` bytes of fd at file_offset (a multiple of the page size)

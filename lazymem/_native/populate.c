@@ -15,13 +15,13 @@
 #include <sys/mman.h>
 
 #include "codec.h"
+#include "compose.h"
 #include "engine.h"
 #include "fetch.h"
 #include "sys.h"
 #include "uffd.h"
 
 #define LM_FETCH_ATTEMPTS 3 /* to bring bytes that match their checksum; the fetcher's own come on top */
-#define LM_READ_ATTEMPTS 3 /* of a local file: EIO from a disk can pass, a short file does not */
 
 int lm_worker_init(struct lm_worker *worker)
 {
@@ -33,23 +33,8 @@ void lm_worker_destroy(struct lm_worker *worker)
     lm_decoder_free(worker->decoder);
     lm_sys_free(worker->stored, worker->stored_length);
     lm_sys_free(worker->plain, worker->plain_length);
+    lm_sys_free(worker->stock, worker->stock_length);
     memset(worker, 0, sizeof *worker);
-}
-
-static int grow(unsigned char **memory, size_t *length, size_t wanted)
-{
-    void *made;
-    int error;
-
-    if (*length >= wanted)
-        return 0;
-    error = lm_sys_alloc_buffer(wanted, &made);
-    if (error < 0)
-        return error;
-    lm_sys_free(*memory, *length);
-    *memory = made;
-    *length = wanted;
-    return 0;
 }
 
 static void add(_Atomic uint64_t *counter, uint64_t amount)
@@ -68,19 +53,14 @@ static uint64_t lap(_Atomic uint64_t *counter, uint64_t since)
 static int read_stored(struct lm_region *region, const lm_chunk_record *record, void *buffer)
 {
     uint64_t size;
-    int attempt, error = 0;
+    int error;
 
     if (record->source >= region->source_count)
         return LM_E_RECORD;
     size = region->source_sizes[record->source];
     if (record->offset > size || record->stored_length > size - record->offset)
         return LM_E_RECORD;
-    for (attempt = 0; attempt < LM_READ_ATTEMPTS; attempt++) {
-        error = lm_sys_pread_full(region->fds[record->source], buffer, record->stored_length,
-                                  record->offset);
-        if (error == 0 || error == LM_E_SHORT)
-            break;
-    }
+    error = lm_sys_pread_patiently(region->fds[record->source], buffer, record->stored_length, record->offset);
     add(&region->counters.reads, 1);
     if (error == 0)
         add(&region->counters.bytes_read, record->stored_length);
@@ -107,7 +87,7 @@ static int produce(struct lm_worker *worker, const struct lm_task *task, unsigne
         unsigned char *buffer = target;
 
         if (!is_plain) {
-            error = grow(&worker->stored, &worker->stored_length, chunk_size);
+            error = lm_sys_grow_buffer(&worker->stored, &worker->stored_length, chunk_size);
             buffer = worker->stored;
         }
         if (error == 0)
@@ -193,12 +173,12 @@ static void record_error(struct lm_region *region, uint64_t chunk, int code, con
     pthread_mutex_unlock(&lm_engine.lock);
 }
 
-static void settle_failure(const struct lm_task *task, int code)
+/* text: what the store said, or NULL. */
+static void settle_failure(const struct lm_task *task, int code, const char *text)
 {
     struct lm_region *region = task->region;
     uint64_t chunk = task->chunk;
     unsigned char *at = region->base + (chunk << region->table.chunk_shift);
-    const char *text = task->range != NULL && task->error != 0 ? task->range->text : NULL;
 
     record_error(region, chunk, code, text);
     if (region->backend == LM_BACKEND_EAGER) {
@@ -241,8 +221,9 @@ static bool page_is_resident(const struct lm_task *task)
     return lm_sys_resident((void *)page, lm_sys_page_size(), &resident) == 0 && (resident & 1);
 }
 
-/* The chunk's bytes, ready to be installed, at *ret_bytes; NULL for zeros. */
-static int prepare(struct lm_worker *worker, const struct lm_task *task, const unsigned char **ret_bytes)
+/* The chunk's bytes, ready to be installed, at *ret_bytes; NULL for zeros. text: as for lm_compose. */
+static int prepare(struct lm_worker *worker, const struct lm_task *task, const unsigned char **ret_bytes,
+                   char *text)
 {
     struct lm_region *region = task->region;
     unsigned char *target;
@@ -254,10 +235,13 @@ static int prepare(struct lm_worker *worker, const struct lm_task *task, const u
     if (region->backend == LM_BACKEND_EAGER) {
         target = region->base + (task->chunk << region->table.chunk_shift);
     } else {
-        error = grow(&worker->plain, &worker->plain_length, (size_t)1 << region->table.chunk_shift);
+        error = lm_sys_grow_buffer(&worker->plain, &worker->plain_length, (size_t)1 << region->table.chunk_shift);
         target = worker->plain;
     }
-    return error < 0 ? error : produce(worker, task, target, ret_bytes);
+    if (error < 0 || !region->composed)
+        return error < 0 ? error : produce(worker, task, target, ret_bytes);
+    *ret_bytes = target;
+    return lm_compose(worker, task, target, text);
 }
 
 static int install_any(struct lm_region *region, unsigned char *at, const unsigned char *bytes, bool by_move)
@@ -309,21 +293,22 @@ static int recheck(struct lm_worker *worker, const struct lm_task *task)
     size_t chunk_size = (size_t)1 << region->table.chunk_shift;
     unsigned char *at = region->base + (task->chunk << region->table.chunk_shift);
     const unsigned char *bytes;
+    char text[LM_FETCH_TEXT] = "";
     int error = 0;
 
     if ((lm_table_state(&region->table, task->chunk) & LM_TABLE_STATE) == LM_STATE_PRESENT &&
         !page_is_resident(task)) {
-        if (region->remote && lm_table_record(&region->table, task->chunk) != NULL &&
+        if (lm_engine_by_courier(region) && lm_table_record(&region->table, task->chunk) != NULL &&
             lm_table_reclaim(&region->table, task->chunk)) {
             fetch_again(task, 0); /* it wakes whoever waits */
             return 0;
         }
-        error = prepare(worker, task, &bytes);
+        error = prepare(worker, task, &bytes, text);
         if (error == 0)
             error = install_any(region, at, bytes, false);
         if (error < 0 && lm_table_condemn(&region->table, task->chunk)) {
-            record_error(region, task->chunk, error, NULL);
-            lm_report_failed_touch(region, task->chunk, error, NULL);
+            record_error(region, task->chunk, error, text);
+            lm_report_failed_touch(region, task->chunk, error, text);
             poison(region, at);
         }
     }
@@ -338,12 +323,17 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
     unsigned char *at = region->base + (task->chunk << region->table.chunk_shift);
     bool by_move = region->install == LM_INSTALL_MOVE;
     const unsigned char *bytes;
+    char text[LM_FETCH_TEXT] = "";
     uint64_t time;
     int error;
 
     if (task->kind == LM_TASK_RECHECK)
         return recheck(worker, task);
-    error = prepare(worker, task, &bytes);
+    error = prepare(worker, task, &bytes, text);
+    if (error == LM_E_CLOSED) { /* nobody may be waiting, and nobody will be */
+        lm_table_publish(&region->table, task->chunk, LM_STATE_ABSENT);
+        return error;
+    }
     if (error < 0 && is_worth_another_try(task, error)) {
         fetch_again(task, task->attempts + 1);
         return error;
@@ -352,7 +342,7 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
     if (error == 0) /* bytes in the memory shared with the fetcher stay there: only copied */
         error = install_any(region, at, bytes, by_move && bytes == worker->plain);
     if (error < 0) {
-        settle_failure(task, error);
+        settle_failure(task, error, task->range != NULL && task->error != 0 ? task->range->text : text);
         return error;
     }
     /* Counted first, so that whoever is woken finds its own fault in the counters. */

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "compose.h"
 #include "engine.h"
 #include "fetch.h"
 #include "source.h"
@@ -79,6 +80,7 @@ static struct lm_region *lay_out(struct arena *arena, const lm_region_spec *spec
     size_t names = arrays == 0 ? 0 : spec->name_offsets[arrays];
 
     into->registered = carve(arena, (size_t)(holes + 1) * sizeof *into->registered);
+    into->strips = carve_copy(arena, spec->strips, (size_t)spec->strip_count * sizeof *into->strips);
     into->fds = carve(arena, sources * sizeof *into->fds);
     into->sources = carve(arena, sources * sizeof *into->sources);
     into->source_sizes = carve_copy(arena, spec->source_sizes, sources * sizeof *into->source_sizes);
@@ -106,6 +108,8 @@ static int allocate(const lm_region_spec *spec, uint64_t holes, struct lm_region
     region = lay_out(&arena, spec, holes);
     region->memory = arena.used;
     region->array_count = spec->array_count;
+    region->strip_count = spec->strip_count;
+    region->composed = spec->strip_count > 0;
     *ret_region = region;
     return 0;
 }
@@ -125,6 +129,7 @@ static void give_back(struct lm_region *region)
     }
     region->source_count = 0;
     lm_table_destroy(&region->table);
+    lm_table_destroy(&region->stock);
 }
 
 static void destroy(struct lm_region *region)
@@ -135,16 +140,23 @@ static void destroy(struct lm_region *region)
 
 /* ---- open ---- */
 
+static bool is_chunk_size(uint32_t size)
+{
+    return size >= (64u << 10) && size <= (64u << 20) && (size & (size - 1)) == 0 && size >= lm_sys_page_size();
+}
+
 static int check_spec(const lm_region_spec *spec)
 {
     uint64_t i;
 
-    if (spec->chunk_size < (64u << 10) || spec->chunk_size > (64u << 20) ||
-        (spec->chunk_size & (spec->chunk_size - 1)) != 0 || spec->chunk_size < lm_sys_page_size() ||
+    if (!is_chunk_size(spec->chunk_size) ||
         spec->content_size == 0 || spec->content_size > (UINT64_C(1) << 46) ||
         spec->source_count < 0 || spec->source_count > 65535 || spec->url == NULL)
         return -EINVAL;
     if (spec->backend < LM_BACKEND_UFFD || spec->backend > LM_BACKEND_EAGER)
+        return -EINVAL;
+    if (spec->strip_count > 0 && (!is_chunk_size(spec->stock_chunk_size) || spec->stock_size == 0 ||
+                                  spec->stock_size > (UINT64_C(1) << 46) || lm_compose_check(spec) < 0))
         return -EINVAL;
     for (i = 0; i < spec->array_count; i++)
         if (spec->name_offsets[i] > spec->name_offsets[i + 1])
@@ -266,6 +278,7 @@ static int attach_locked(struct lm_region *region, const lm_region_spec *spec, u
 
 int lm_region_open(const lm_region_spec *spec, lm_region **ret_region)
 {
+    static _Atomic uint64_t serials;
     struct lm_region *region;
     uint64_t hole_size;
     int error = check_spec(spec);
@@ -280,7 +293,10 @@ int lm_region_open(const lm_region_spec *spec, lm_region **ret_region)
     region->writable = spec->writable != 0;
     region->readahead = spec->readahead;
     region->ahead.last = UINT64_MAX - 1; /* no chunk follows it */
+    region->serial = atomic_fetch_add(&serials, 1) + 1;
     error = lm_table_init(&region->table, spec);
+    if (error == 0 && region->composed)
+        error = lm_table_init_stock(&region->stock, spec);
     region->size = region->table.chunk_count << region->table.chunk_shift;
     if (error == 0)
         error = duplicate_sources(region, spec);
@@ -289,6 +305,8 @@ int lm_region_open(const lm_region_spec *spec, lm_region **ret_region)
         error = lm_engine_acquire_locked(spec->threads);
         if (error == 0 && region->remote) {
             error = lm_fetch_start_locked();
+            if (error == 0 && region->composed)
+                error = lm_engine_composers_locked();
             if (error < 0)
                 lm_engine_release_locked();
         }
@@ -396,7 +414,8 @@ void lm_region_close(lm_region *region)
     mine = !region->closing;
     region->closing = true;
     lm_queue_drop_spans(&lm_engine.queue, region);
-    if (mine && region->remote)
+    lm_queue_drop_spans(&lm_engine.composing, region);
+    if (mine && lm_engine_by_courier(region))
         lm_fetch_forget_locked(region);
     pthread_cond_broadcast(&lm_engine.progress);
     while (mine ? region->tasks > 0 || region->calls > 0 : !region->closed)
@@ -568,15 +587,10 @@ static int queue_span(struct lm_region *region, uint64_t first, uint64_t count, 
     pthread_mutex_lock(&lm_engine.lock);
     if (region->closing)
         error = LM_E_CLOSED;
-    else if (!lm_queue_push_span(region->remote ? &lm_engine.remote : &lm_engine.queue, &span, urgent))
+    else if (!lm_engine_push_span_locked(&span, urgent))
         error = LM_E_FULL;
-    if (error == 0) {
+    if (error == 0) /* nobody looks at the span before the lock is let go */
         reset_failed_locked(region, first, first + count);
-        if (region->remote)
-            lm_fetch_wake_locked();
-        else
-            pthread_cond_broadcast(&lm_engine.work);
-    }
     pthread_mutex_unlock(&lm_engine.lock);
     return error;
 }

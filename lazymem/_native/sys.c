@@ -20,6 +20,7 @@
 #define SYS_close_range 436 /* the same on all architectures */
 #endif
 
+#define LM_READ_ATTEMPTS 3
 #define LM_THREAD_STACK ((size_t)512 << 10) /* zstd's decoder keeps its tables in its context */
 
 uint64_t lm_sys_now_ns(void)
@@ -82,6 +83,18 @@ int lm_sys_pread_full(int fd, void *buffer, size_t length, uint64_t offset)
         offset += (uint64_t)got;
     }
     return 0;
+}
+
+int lm_sys_pread_patiently(int fd, void *buffer, size_t length, uint64_t offset)
+{
+    int attempt, error = 0;
+
+    for (attempt = 0; attempt < LM_READ_ATTEMPTS; attempt++) {
+        error = lm_sys_pread_full(fd, buffer, length, offset);
+        if (error == 0 || error == LM_E_SHORT)
+            break;
+    }
+    return error;
 }
 
 int lm_sys_dup(int fd)
@@ -153,6 +166,22 @@ int lm_sys_alloc_buffer(size_t length, void **ret_memory)
     }
     (void)lm_sys_advise(memory, length, MADV_HUGEPAGE); /* slower without, not wrong */
     *ret_memory = memory;
+    return 0;
+}
+
+int lm_sys_grow_buffer(void **memory, size_t *length, size_t wanted)
+{
+    void *made;
+    int error;
+
+    if (*length >= wanted)
+        return 0;
+    error = lm_sys_alloc_buffer(wanted, &made);
+    if (error < 0)
+        return error;
+    lm_sys_free(*memory, *length);
+    *memory = made;
+    *length = wanted;
     return 0;
 }
 

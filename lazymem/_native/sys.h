@@ -23,6 +23,8 @@ int lm_sys_cpu_count(void); /* this thread's affinity */
 int lm_sys_ioctl(int fd, unsigned long request, void *argument);
 /* All of length bytes, or LM_E_SHORT at the end of the file, or -errno. */
 int lm_sys_pread_full(int fd, void *buffer, size_t length, uint64_t offset);
+/* The same, tried again: EIO of a disk can pass, a short file does not. */
+int lm_sys_pread_patiently(int fd, void *buffer, size_t length, uint64_t offset);
 int lm_sys_dup(int fd); /* close-on-exec */
 void lm_sys_close(int fd);
 
@@ -37,6 +39,8 @@ int lm_sys_reserve(size_t length, size_t alignment, void **ret_memory);
 /* Memory like lm_sys_alloc's that is written through again and again: huge pages where it is long enough,
  * so that the first use of a worker costs a few page faults and not thousands. */
 int lm_sys_alloc_buffer(size_t length, void **ret_memory);
+/* Have such a buffer hold `wanted` bytes, which it may do already; else what it held is gone. */
+int lm_sys_grow_buffer(void **memory, size_t *length, size_t wanted);
 /* A memfd of that size, for good; shared with whoever gets the descriptor. */
 int lm_sys_shared_memory(size_t length);
 int lm_sys_map_shared(int fd, size_t length, void **ret_memory);

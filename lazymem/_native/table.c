@@ -6,22 +6,22 @@
 
 #include "sys.h"
 
-static int check_runs(const lm_region_spec *spec, uint64_t chunk_count)
+static int check_runs(const struct lm_table *table)
 {
     uint64_t next = 0, i;
 
-    for (i = 0; i < spec->run_count; i++) {
-        const lm_run *run = &spec->runs[i];
+    for (i = 0; i < table->run_count; i++) {
+        const lm_run *run = &table->runs[i];
 
-        if (run->first_chunk != next || run->count == 0 || run->count > chunk_count - next)
+        if (run->first_chunk != next || run->count == 0 || run->count > table->chunk_count - next)
             return -EINVAL;
-        if (run->first_record != LM_ZERO_RUN &&
-            (run->first_record > spec->record_count ||
-             run->count > spec->record_count - run->first_record))
+        if (run->first_record != LM_ZERO_RUN && !table->composed &&
+            (run->first_record > table->record_count ||
+             run->count > table->record_count - run->first_record))
             return -EINVAL;
         next += run->count;
     }
-    return next == chunk_count ? 0 : -EINVAL;
+    return next == table->chunk_count ? 0 : -EINVAL;
 }
 
 static int copy_table(const void *from, uint64_t count, size_t size, void **ret_copy)
@@ -36,37 +36,58 @@ static int copy_table(const void *from, uint64_t count, size_t size, void **ret_
     return error;
 }
 
-int lm_table_init(struct lm_table *table, const lm_region_spec *spec)
+/* `made` borrows runs and records; what becomes of it in *ret_table owns copies. */
+static int init(struct lm_table made, unsigned chunk_size, bool has_states, struct lm_table *ret_table)
 {
-    struct lm_table made = { .content_size = spec->content_size };
     void *states = NULL, *runs = NULL, *records = NULL;
     int error;
 
-    made.chunk_shift = (unsigned)__builtin_ctz(spec->chunk_size);
-    made.chunk_count = (spec->content_size + spec->chunk_size - 1) >> made.chunk_shift;
+    made.chunk_shift = (unsigned)__builtin_ctz(chunk_size);
+    made.chunk_count = (made.content_size + chunk_size - 1) >> made.chunk_shift;
     if (made.chunk_count == 0)
         return -EINVAL;
-    error = check_runs(spec, made.chunk_count);
+    error = check_runs(&made);
     if (error < 0)
         return error;
-    made.run_count = spec->run_count;
-    made.record_count = spec->record_count;
-    error = copy_table(spec->runs, spec->run_count, sizeof *spec->runs, &runs);
+    error = copy_table(made.runs, made.run_count, sizeof *made.runs, &runs);
     made.runs = runs;
-    if (error == 0) {
-        error = copy_table(spec->records, spec->record_count, sizeof *spec->records, &records);
-        made.records = records;
-    }
-    if (error == 0) {
+    if (error == 0)
+        error = copy_table(made.records, made.record_count, sizeof *made.records, &records);
+    made.records = records;
+    if (error == 0 && has_states)
         error = lm_sys_alloc((size_t)made.chunk_count, &states);
-        made.states = states;
-    }
+    made.states = states;
     if (error < 0) {
         lm_table_destroy(&made);
         return error;
     }
-    *table = made;
+    *ret_table = made;
     return 0;
+}
+
+int lm_table_init(struct lm_table *table, const lm_region_spec *spec)
+{
+    struct lm_table made = { .composed = spec->strip_count > 0,
+                             .content_size = spec->content_size,
+                             .runs = (lm_run *)spec->runs,
+                             .run_count = spec->run_count };
+
+    if (!made.composed) {
+        made.records = (lm_chunk_record *)spec->records;
+        made.record_count = spec->record_count;
+    }
+    return init(made, spec->chunk_size, true, table);
+}
+
+int lm_table_init_stock(struct lm_table *table, const lm_region_spec *spec)
+{
+    struct lm_table made = { .content_size = spec->stock_size,
+                             .runs = (lm_run *)spec->stock_runs,
+                             .run_count = spec->stock_run_count,
+                             .records = (lm_chunk_record *)spec->records,
+                             .record_count = spec->record_count };
+
+    return init(made, spec->stock_chunk_size, false, table);
 }
 
 void lm_table_destroy(struct lm_table *table)
@@ -96,10 +117,13 @@ const lm_run *lm_table_run(const struct lm_table *table, uint64_t chunk)
 
 const lm_chunk_record *lm_table_record(const struct lm_table *table, uint64_t chunk)
 {
+    static const lm_chunk_record none;
     const lm_run *run = lm_table_run(table, chunk);
 
     if (run->first_record == LM_ZERO_RUN)
         return NULL;
+    if (table->composed)
+        return &none;
     return &table->records[run->first_record + (chunk - run->first_chunk)];
 }
 

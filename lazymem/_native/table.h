@@ -27,6 +27,7 @@
 #define LM_TABLE_STATE  0x7Fu
 
 struct lm_table {
+    bool composed; /* of strips: its chunks have no records of their own */
     uint64_t content_size;
     uint64_t chunk_count;
     unsigned chunk_shift;
@@ -38,9 +39,11 @@ struct lm_table {
 
 /* Copies runs and records and checks that the runs cover the chunks and name records that exist. */
 int lm_table_init(struct lm_table *table, const lm_region_spec *spec);
+/* The same for what a composed region is made of. It has no states: its chunks lie in no memory. */
+int lm_table_init_stock(struct lm_table *table, const lm_region_spec *spec);
 void lm_table_destroy(struct lm_table *table);
 
-/* The record of a chunk, or NULL for one of zeros. */
+/* The record of a chunk, or NULL for one of zeros. Of a composed chunk: an empty one. */
 const lm_chunk_record *lm_table_record(const struct lm_table *table, uint64_t chunk);
 /* The run that holds a chunk. */
 const lm_run *lm_table_run(const struct lm_table *table, uint64_t chunk);

@@ -25,6 +25,8 @@
 
 static unsigned char *content; /* what the region must show */
 static int backend;
+static int composed; /* 1: every region of these tests shows its content by strips */
+static lm_strip strips[2000];
 
 static int make_source(lm_chunk_record *records)
 {
@@ -78,6 +80,8 @@ static int open_region(lm_region **ret_region)
         .url = "memfd",
     };
 
+    if (composed)
+        compose_of_itself(&spec, strips, sizeof strips / sizeof *strips, 3001);
     return lm_region_open(&spec, ret_region);
 }
 
@@ -243,6 +247,39 @@ static void test_bad_descriptions_are_refused(void)
     CHECK(region == NULL && lm_engine_region_count() == 0 && lm_engine_thread_count() == 0);
 }
 
+static int open_with(uint64_t strip, lm_strip wrong)
+{
+    lm_run run = { 0, 1, LM_ZERO_RUN };
+    lm_region_spec spec = { .content_size = CHUNK, .chunk_size = CHUNK, .runs = &run, .run_count = 1,
+                            .backend = backend, .url = "" };
+    lm_region *region = NULL;
+    int error;
+
+    compose_of_itself(&spec, strips, 3, CHUNK / 2);
+    strips[strip] = wrong;
+    error = lm_region_open(&spec, &region);
+    lm_region_free(region);
+    return error;
+}
+
+static void test_bad_strips_are_refused(void)
+{
+    uint32_t widen = LM_FLOAT_16 << 8 | LM_FLOAT_32;
+
+    CHECK(open_with(2, (lm_strip){ .to = CHUNK / 2 + 1, .from = 0, .length = CHUNK / 2 - 1 }) == 0);
+    CHECK(open_with(2, (lm_strip){ .to = CHUNK - 4, .from = 0, .length = 2, .cast = widen }) == 0);
+    CHECK(open_with(2, (lm_strip){ .to = CHUNK / 2, .from = 0, .length = 1 }) == -EINVAL); /* overlaps */
+    CHECK(open_with(2, (lm_strip){ .to = CHUNK - 1, .from = 0, .length = 2 }) == -EINVAL);
+    CHECK(open_with(2, (lm_strip){ .to = CHUNK - 4, .from = 0, .length = 4, .cast = widen }) == -EINVAL);
+    CHECK(open_with(2, (lm_strip){ .to = CHUNK - 6, .from = 0, .length = 2, .cast = widen }) == -EINVAL);
+    CHECK(open_with(2, (lm_strip){ .to = CHUNK - 4, .from = 0, .length = 1, .cast = widen }) == -EINVAL);
+    CHECK(open_with(2, (lm_strip){ .to = CHUNK - 4, .from = CHUNK - 1, .length = 2 }) == -EINVAL);
+    CHECK(open_with(2, (lm_strip){ .to = CHUNK - 4, .from = UINT64_MAX, .length = 2 }) == -EINVAL);
+    CHECK(open_with(2, (lm_strip){ .to = CHUNK - 4, .from = 0, .length = 0 }) == -EINVAL);
+    CHECK(open_with(2, (lm_strip){ .to = CHUNK - 4, .from = 0, .length = 2, .cast = 77 }) == -EINVAL);
+    CHECK(lm_engine_region_count() == 0);
+}
+
 /* The application gives pages back; the region shows the same bytes again, not zeros. */
 static void test_pages_given_back_come_again(void)
 {
@@ -357,15 +394,18 @@ int main(int argc, char **argv)
     } else {
         lm_region_free(region);
     }
-    test_threads_read_right_bytes();
-    test_close_while_a_prefetch_waits();
-    test_failed_chunk_is_named_and_heals();
-    test_pages_given_back_come_again();
-    if (argc > 1 && strcmp(argv[1], "fork") == 0) {
-        test_fork_during_touches();
-        test_fork_waits_for_a_thread_that_touches();
-        test_failed_touch(SIGBUS, 0);
-        test_failed_touch(SIGSEGV, LM_CAN_POISON);
+    test_bad_strips_are_refused();
+    for (composed = 0; composed < 2; composed++) {
+        test_threads_read_right_bytes();
+        test_close_while_a_prefetch_waits();
+        test_failed_chunk_is_named_and_heals();
+        test_pages_given_back_come_again();
+        if (argc > 1 && strcmp(argv[1], "fork") == 0) {
+            test_fork_during_touches();
+            test_fork_waits_for_a_thread_that_touches();
+            test_failed_touch(SIGBUS, 0);
+            test_failed_touch(SIGSEGV, LM_CAN_POISON);
+        }
     }
     free(content);
     close(source);

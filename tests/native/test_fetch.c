@@ -183,6 +183,9 @@ static int open_source(const char *mode)
     return source;
 }
 
+static int composed; /* 1: every region of these tests shows its content by strips */
+static lm_strip strips[3000];
+
 static lm_region *open_region(const char *mode)
 {
     int none = -1;
@@ -208,6 +211,8 @@ static lm_region *open_region(const char *mode)
         .url = "object",
     };
 
+    if (composed)
+        compose_of_itself(&spec, strips, sizeof strips / sizeof *strips, 3001);
     CHECK(lm_region_open(&spec, &region) == 0);
     lm_source_close(source); /* the region keeps it for itself */
     return region;
@@ -491,14 +496,16 @@ int main(int argc, char **argv)
         return 77;
     }
     test_calls_are_answered();
-    test_threads_read_right_bytes();
-    test_wrong_bytes_are_fetched_again();
-    test_bytes_that_stay_wrong_are_an_error();
-    test_what_the_store_says_is_kept();
-    test_regions_close_while_requests_are_out();
-    if (argc > 1 && strcmp(argv[1], "fork") == 0)
-        test_fork();
-    test_nothing_is_lost_when_the_fetcher_dies();
+    for (composed = 0; composed < 2; composed++) {
+        test_threads_read_right_bytes();
+        test_wrong_bytes_are_fetched_again();
+        test_bytes_that_stay_wrong_are_an_error();
+        test_what_the_store_says_is_kept();
+        test_regions_close_while_requests_are_out();
+        if (argc > 1 && strcmp(argv[1], "fork") == 0)
+            test_fork();
+        test_nothing_is_lost_when_the_fetcher_dies();
+    }
     fails_for_want_of_a_fetcher("die");
     fails_for_want_of_a_fetcher("babble");
     printf("ok\n");
