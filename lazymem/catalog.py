@@ -147,7 +147,13 @@ class IndexCatalog:
 
     def layout(self, fds: Sequence[int]) -> Layout:
         index = self._index
-        return Layout(index.content_size, index.chunk_size, index.runs, index.records, self._pieces(fds[0] if fds else -1))
+        return Layout(
+            index.content_size,
+            index.chunk_size,
+            index.runs,
+            index.records,
+            self._pieces(fds[0] if fds else -1),
+        )
 
     def _pieces(self, fd: int) -> tuple[MapPiece, ...] | None:
         """Runs of the file that can be mapped: all chunks as they are, on page boundaries."""

@@ -9,7 +9,7 @@ from the chunks that the parts lie in (lazymem.h, lm_strip). Reads no array byte
 from __future__ import annotations
 
 import bisect
-import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -76,12 +76,11 @@ def float_dtype(value: Any) -> np.dtype[Any]:
         dtype = np.dtype(value) if dtype is None else dtype
     except TypeError:
         dtype = None
-    if dtype not in TARGETS.values():
+    if dtype is None or dtype not in TARGETS.values():  # numpy takes None for float64
         raise OptionError(
             f"dtype is {str(value)[:100]!r}; numbers can be converted while they are read to "
             f"{', '.join(TARGETS)}; convert to others after reading"
         )
-    assert dtype is not None
     return dtype
 
 
@@ -128,11 +127,11 @@ class ComposedCatalog:
         self._recipes = {recipe.name: recipe for recipe in recipes}
         self._offsets: dict[str, int] = {}
         layout = stock.layout([])
-        widest = max(
-            (recipe.dtype.itemsize / recipe.source.itemsize for recipe in self._recipes.values()), default=1.0
-        )
-        # Chunks of the stock then lie in one chunk of the region, as far as they hold one wide array.
-        ratio = 1 << max(0, math.ceil(math.log2(widest)))
+        # A chunk of the region then takes one of the stock, where the arrays are that hold most bytes.
+        weights: Counter[int] = Counter()
+        for recipe in self._recipes.values():
+            weights[max(1, recipe.dtype.itemsize // recipe.source.itemsize)] += recipe.nbytes
+        (ratio, _), *_ = weights.most_common(1) or [(1, 0)]
         self._chunk_size = min(layout.chunk_size * ratio, max(_MAX_CHUNK, layout.chunk_size))
         self._ends: list[int] = []  # in the region, of strips
         self._strips = self._lay_out()
@@ -238,7 +237,9 @@ class ComposedCatalog:
         np.add.at(changes, firsts, 1)
         np.add.at(changes, (np.array(self._ends, np.int64) - 1) // self._chunk_size + 1, -1)
         filled = changes.cumsum()[:count] > 0
-        starts = np.concatenate([[0], np.flatnonzero(np.diff(filled)) + 1]) if count else np.zeros(0, np.int64)
+        starts = (
+            np.concatenate([[0], np.flatnonzero(np.diff(filled)) + 1]) if count else np.zeros(0, np.int64)
+        )
         runs = np.zeros(len(starts), structs.RUN.dtype)
         runs["first_chunk"] = starts
         runs["count"] = np.diff(np.append(starts, count))

@@ -19,7 +19,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -192,8 +192,8 @@ class Region:
         pieces = () if layout.content_size == 0 else layout.pieces
         if pieces is None:
             raise BackendUnavailable(
-                f"{url}: is compressed, converted, or not a local file, and backend 'map' shows only plain bytes of "
-                "local files; use backend 'auto'"
+                f"{url}: is compressed, converted, or not a local file, and backend 'map' shows only plain "
+                "bytes of local files; use backend 'auto'"
             )
         try:
             return NativeRegion.open_map(max(layout.content_size, 1), pieces, writable=options.mode == "c")
@@ -295,9 +295,12 @@ class Region:
 
     # ---- populate ----
 
-    def prefetch(self, spans: Sequence[Span], *, wait: bool) -> None:
+    def prefetch(
+        self, spans: Sequence[Span], *, wait: bool, progress: Callable[[int, int], None] | None = None
+    ) -> None:
         """Populate chunks before they are touched. Without `wait` errors show at the next touch.
 
+        progress: called with (bytes in place, bytes in all) while it waits, and at the end.
         Releases the GIL. Raises `ChunkCorrupt`, `ReadError`, `SnapshotChanged`, `SnapshotClosed`.
         """
         process = os.getpid()
@@ -306,21 +309,26 @@ class Region:
             for first, count in reversed(spans) if wait else spans:
                 self._queue(first, count, urgent=wait)
             if wait:
+                done, total = 0, sum(count for _, count in spans)
                 for first, count in spans:
-                    self._wait(first, count, process)
+                    for there in self._wait(first, count, process):
+                        if progress is not None:
+                            progress((done + there) * self.chunk_size, total * self.chunk_size)
+                    done += count
 
     def _queue(self, first: int, count: int, *, urgent: bool) -> None:
         while not self._native.prefetch(first, count, urgent=urgent):
             time.sleep(_WAIT_MS / 1000)  # full: 16,384 spans are waiting
 
-    def _wait(self, first: int, count: int, process: int) -> None:
-        """process: the one that queued the span."""
+    def _wait(self, first: int, count: int, process: int) -> Iterator[int]:
+        """Wait, and say now and then how many chunks are in place. process: the one that queued the span."""
         done, cursor = False, first
         while not done:
             if os.getpid() != process:  # a signal handler has forked: the queue stayed with the parent
                 process = os.getpid()
                 self._queue(first, count, urgent=True)
             done, cursor = self._native.wait(first, count, cursor, _WAIT_MS)
+            yield min(cursor - first, count)
 
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         """Copy bytes out of the region, without holding the GIL; populate the range first."""

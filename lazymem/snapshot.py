@@ -7,20 +7,22 @@ import contextlib
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .catalog import ArrayInfo, Catalog, DirectoryCatalog, IndexCatalog
-from .composition import ComposedCatalog, cast_recipes, float_dtype
+from .composition import ComposedCatalog, Recipe, cast_recipes, float_dtype
 from .containers.base import Directory
 from .errors import ArrayNotFound, OptionError, SnapshotChanged
 from .format.reader import load_index
 from .opener import LocationOpener, location_of
 from .options import OpenOptions, StoreOptions
+from .order import model_order
+from .progress import Progress, reporting
 from .recognizer import recognize
 from .region import Region, Span, Stats
 from .store import locations
@@ -38,8 +40,8 @@ class Snapshot(Mapping[str, NDArray[Any]]):
     """
 
     def __init__(
-        self, url: str, catalog: Catalog, region: Region, blobs: tuple[Blob, ...], digest: str | None,
-        reference: Reference,
+        self, url: str, catalog: Catalog, region: Region, blobs: SharedBlobs, digest: str | None,
+        reference: Reference | None, options: OpenOptions,
     ) -> None:  # fmt: skip
         self._url = url
         self._reference = reference
@@ -47,6 +49,7 @@ class Snapshot(Mapping[str, NDArray[Any]]):
         self._region = region
         self._blobs = blobs
         self._digest = digest
+        self._options = options
 
     # ---- what it is ----
 
@@ -154,15 +157,33 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
     # ---- populate ----
 
-    def prefetch(self, names: str | Iterable[str] | None = None, *, wait: bool = False) -> None:
+    def prefetch(
+        self,
+        names: str | Iterable[str] | None = None,
+        *,
+        wait: bool = False,
+        order: str = "given",
+        progress: Progress | bool | None = None,
+    ) -> None:
         """Populate arrays (all, if no names are given) before they are touched.
 
         Returns at once, or with `wait=True` when everything is in place; the GIL is free meanwhile, and
         Ctrl-C is noticed. Touches by other threads go first. What failed before is tried again.
-        Raises `ArrayNotFound`, `SnapshotClosed`, and with `wait=True` `ChunkCorrupt`, `ReadError` and
-        `SnapshotChanged`.
+        order: "given", as the names are given or the arrays lie; "model", as a model needs its weights:
+            embeddings, then layer by layer, then the head (see `lazymem.order.model_order`).
+        progress: with `wait=True`, called now and then with (bytes in place, bytes in all); True shows a bar
+            where standard error is a terminal.
+        Raises `ArrayNotFound`, `SnapshotClosed`, `OptionError`, and with `wait=True` `ChunkCorrupt`,
+        `ReadError` and `SnapshotChanged`.
         """
-        self._region.prefetch(self._spans(names), wait=wait)
+        if order not in ("given", "model"):
+            raise OptionError(f"order is {order!r}; it must be 'given' or 'model'")
+        if progress and not wait:
+            raise OptionError("progress is told while prefetch waits; give wait=True, too")
+        if order == "model":
+            names = model_order(self if names is None else [names] if isinstance(names, str) else names)
+        with reporting(progress, "populating") as report:
+            self._region.prefetch(self._spans(names), wait=wait, progress=report)
 
     def _spans(self, names: str | Iterable[str] | None) -> list[Span]:
         if names is None:
@@ -196,7 +217,43 @@ class Snapshot(Mapping[str, NDArray[Any]]):
     def handle(self, name: str) -> ArrayHandle:
         """A small picklable stand-in for an array, for workers in other processes. Raises `ArrayNotFound`."""
         info = self.info(name)
-        return ArrayHandle(self._reference.check(), name, info.dtype, info.shape)
+        return ArrayHandle(self._referred(), name, info.dtype, info.shape)
+
+    def _referred(self) -> Reference:
+        if self._reference is None:
+            raise TypeError(
+                f"{self._url}: a composition of arrays does not pickle; pickle the snapshot that it was made "
+                "of, and compose it again"
+            )
+        return self._reference.check()
+
+    # ---- other arrangements of the same bytes ----
+
+    def compose(self, recipes: Iterable[Recipe], *, mode: str | None = None) -> Snapshot:
+        """Arrays made of parts of this snapshot's, in another order or dtype, as lazy as they are.
+
+        Opens a region of its own over the same file or object: no request is made, nothing is read. It
+        lives on when this one is closed, does not pickle, and cannot be composed again.
+        mode: "r" or "c"; None, as this one.
+        Raises `ArrayNotFound`, `UnsupportedDtype`, `OptionError`, and what opening a region raises.
+        """
+        if isinstance(self._catalog, ComposedCatalog):
+            raise OptionError(
+                f"{self._url}: shows converted arrays; compose the snapshot opened without dtype="
+            )
+        wanted = list(recipes)
+        for name in {part.array for recipe in wanted for part in recipe.parts}:
+            self.info(name)
+        backend = "auto" if self._options.backend == "map" else self._options.backend
+        options = replace(self._options, mode=mode or self.mode, backend=backend)
+        catalog = ComposedCatalog(self._catalog, wanted)
+        blobs = self._blobs.share()
+        try:
+            region = Region.open(self._url, catalog, blobs, options)
+        except BaseException:
+            blobs.close()
+            raise
+        return Snapshot(self._url, catalog, region, blobs, self._digest, None, options)
 
     # ---- look ----
 
@@ -222,7 +279,7 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
         Changes made in mode "c" stay in this process.
         """
-        return _reopen, (self._reference.check(),)
+        return _reopen, (self._referred(),)
 
     def close(self) -> None:
         """Give memory and descriptors back. Idempotent; may wait for chunks in flight.
@@ -230,8 +287,7 @@ class Snapshot(Mapping[str, NDArray[Any]]):
         Raises `BufferError` while arrays, or views of them, are alive: the snapshot then stays open.
         """
         self._region.close()
-        for blob in self._blobs:
-            blob.close()
+        self._blobs.close()
 
     def __enter__(self) -> Snapshot:
         return self
@@ -243,6 +299,37 @@ class Snapshot(Mapping[str, NDArray[Any]]):
             # The traceback holds the block's arrays; the error is what the caller needs to see.
             with contextlib.suppress(BufferError):
                 self.close()
+
+
+class SharedBlobs(Sequence[Blob]):
+    """What one or more snapshots are read from; closed when the last of them is."""
+
+    def __init__(self, blobs: Sequence[Blob], users: list[int] | None = None) -> None:
+        self._blobs = blobs
+        self._users = [0] if users is None else users  # one element for each that has not closed
+        self._users.append(0)
+        self._closed = False
+
+    def share(self) -> SharedBlobs:
+        return SharedBlobs(self._blobs, self._users)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._users.pop()
+            if len(self._users) == 1:
+                for blob in self._blobs:
+                    blob.close()
+
+    @overload
+    def __getitem__(self, index: int) -> Blob: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Blob]: ...
+    def __getitem__(self, index: int | slice) -> Blob | Sequence[Blob]:
+        return self._blobs[index]
+
+    def __len__(self) -> int:
+        return len(self._blobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +371,7 @@ def _identity_of(blob: Blob, digest: str | None) -> str:
 def _reopen(reference: Reference) -> Snapshot:
     """The snapshot that was pickled. Raises as `open`, and `SnapshotChanged` if it is another by now."""
     snapshot = open(reference.location, **reference.keywords)
-    if snapshot._reference.identity != reference.identity:
+    if snapshot._referred().identity != reference.identity:
         snapshot.close()
         raise SnapshotChanged(
             f"{snapshot.url}: was changed after this reference to it was made; make a new one",
@@ -462,7 +549,7 @@ def open(
         tuple(_identity_of(blob, digest) for blob in blobs),
         {name: value for name, value in keywords.items() if value is not None},
     )
-    return Snapshot(url, catalog, region, blobs, digest, reference)
+    return Snapshot(url, catalog, region, SharedBlobs(blobs), digest, reference, options)
 
 
 def _load(
