@@ -37,6 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verifier": {"opener", "format", "containers", "store", "errors", "options", "_native"},
     "extractor": {"recognizer", "opener", "format", "containers", "store", "errors", "options", "dtypes"},
     "copier": {"destination", "opener", "format", "store", "errors", "options"},
+    "torch": {"dtypes", "errors"},
+    "safetensors": {"torch", "snapshot", "catalog", "containers", "options", "errors"},
     "summary": {"recognizer", "catalog", "opener", "format", "containers", "store", "errors", "options"},
 }
 # fmt: on

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`install`: code that imports safetensors gets lazymem's functions, until `uninstall`.
+
+What is put in place are stand-ins that nobody else holds, so that taking them away again can tell them
+from what a module imported from here on purpose. Names are replaced in the package and in every module
+that is imported; objects that hold a function elsewhere (a closure, a `functools.partial`) keep it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from . import memory, opening, package
+from .handle import safe_open, safe_open_handle
+
+_lock = threading.RLock()
+_installed: _Replacement | None = None
+_depth = 0
+
+
+class Installation:
+    """One `install()`; leaving its `with` block, or `uninstall`, takes it back. The last one restores all."""
+
+    def __init__(self, replacement: _Replacement) -> None:
+        self._replacement = replacement
+        self._active = True
+
+    @property
+    def opened(self) -> tuple[str, ...]:
+        """Files that lazymem.safetensors has opened since it was installed, in order."""
+        return tuple(self._replacement.opened)
+
+    def uninstall(self) -> None:
+        """Idempotent."""
+        with _lock:
+            if self._active:
+                self._active = False
+                _leave()
+
+    def __enter__(self) -> Installation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.uninstall()
+
+
+def install() -> Installation:
+    """Put lazymem in place of what reads in `safetensors`, `.torch`, `.numpy`, and in modules that took it.
+
+    `s3://`, `.lzm` and whatever else `safe_open` takes work there then. May be called more than once: each
+    call is undone by itself. torch, if there is one, is imported. Raises `ImportError` without safetensors.
+    """
+    global _installed, _depth
+    with _lock:
+        if _installed is None:
+            _installed = _Replacement()
+            _installed.apply()
+        _depth += 1
+        return Installation(_installed)
+
+
+def uninstall() -> None:
+    """Undo one `install`, the last that is in place; of none, nothing."""
+    with _lock:
+        if _depth:
+            _leave()
+
+
+def _leave() -> None:
+    global _installed, _depth
+    _depth = max(0, _depth - 1)
+    if _depth == 0 and _installed is not None:
+        _installed.undo()
+        _installed = None
+
+
+class _Replacement:
+    """The originals and their stand-ins."""
+
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+        root = package.installed()
+        self._originals = {"safe_open": root.safe_open, "deserialize": root.deserialize}
+        self._pairs: list[tuple[Any, Any]] = [
+            (root.safe_open, _stand_in_class(safe_open)),
+            (root.deserialize, _stand_in(memory.deserialize)),
+        ]
+        if hasattr(root, "_safe_open_handle"):
+            self._pairs.append((root._safe_open_handle, _stand_in_class(safe_open_handle)))
+        from . import numpy as ours_numpy
+
+        self._add(package.installed("numpy"), ours_numpy, ("load_file", "load"))
+        if importlib.util.find_spec("torch") is not None:
+            from . import torch as ours_torch
+
+            self._add(package.installed("torch"), ours_torch, ("load_file", "load", "load_model"))
+
+    def _add(self, theirs: Any, ours: Any, names: tuple[str, ...]) -> None:
+        self._pairs += [(getattr(theirs, name), _stand_in(getattr(ours, name))) for name in names]
+
+    def apply(self) -> None:
+        package.originals.update(self._originals)
+        opening.watchers.append(self.opened)
+        _exchange(self._pairs)
+
+    def undo(self) -> None:
+        _exchange([(ours, theirs) for theirs, ours in self._pairs])
+        opening.watchers.remove(self.opened)
+        package.originals.clear()
+
+
+def _stand_in_class(base: type[safe_open]) -> type[safe_open]:
+    return type(base.__name__, (base,), {"__slots__": (), "__doc__": base.__doc__})
+
+
+def _stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return function(*arguments, **options)
+
+    return call
+
+
+def _exchange(pairs: list[tuple[Any, Any]]) -> None:
+    """Replace, in all modules but lazymem's, each name that means the first of a pair by the second.
+
+    The package's own names come first, so that a module that is imported meanwhile gets the new ones.
+    """
+    by_identity = {id(old): new for old, new in pairs}  # the pairs keep the old ones alive
+    modules = sorted(dict(sys.modules).items(), key=lambda item: not item[0].startswith("safetensors"))
+    for name, module in modules:
+        names = getattr(module, "__dict__", None)
+        if not isinstance(names, dict) or name == "lazymem" or name.startswith("lazymem."):
+            continue
+        for key, value in list(names.items()):
+            if id(value) in by_identity:
+                names[key] = by_identity[id(value)]

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors into a model's own parameters and buffers, by replacing what these show instead of copying.
+
+torch's `load_state_dict` stays the judge of names, shapes and hooks. What can be replaced is replaced first
+and then given to it as the very tensor that is in the model: copying a tensor to itself ends at once,
+before any memory is touched. Everything else it copies and converts as ever.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import torch
+
+#: A module's _parameters or _buffers, and a name in it.
+_Place = tuple[dict[str, Any], str]
+
+
+def assign_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> tuple[set[str], list[str]]:
+    """Load `state`; the names that it lacks, and those that the model does not need.
+
+    Of names that are tied in the model one is enough: the others count as unexpected where they are given.
+    Raises `RuntimeError` for shapes that differ, and for tied tensors of which none has all the memory.
+    """
+    ties = tied_names(model, state)
+    result = model.load_state_dict(_assign(model, state), strict=False)
+    missing, unexpected = set(result.missing_keys), list(result.unexpected_keys)
+    for names in ties.values():
+        for name in names:
+            if name in missing:
+                missing.remove(name)
+            else:
+                unexpected.append(name)
+    return missing, unexpected
+
+
+def complain(model: torch.nn.Module, missing: set[str], unexpected: list[str]) -> NoReturn:
+    """Raise torch's error for names that are missing or left over, in safetensors' words."""
+    text = f"Error(s) in loading state_dict for {type(model).__name__}:"
+    for kind, names in (("Missing", missing), ("Unexpected", unexpected)):
+        if names:
+            listed = ", ".join(f'"{name}"' for name in sorted(names))
+            text += f"\n    {kind} key(s) in state_dict: {listed}"
+    raise RuntimeError(text)
+
+
+def tied_names(model: torch.nn.Module, preferred: Mapping[str, object]) -> dict[str, list[str]]:
+    """Name -> the model's other names for the same memory; of several the one in `preferred` is kept."""
+    areas: dict[object, list[tuple[int, int, str]]] = defaultdict(list)
+    state = model.state_dict(keep_vars=True)
+    complete = set()
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+            continue
+        key = _memory_of(tensor)
+        if tensor.is_meta:  # has no addresses: what is one object is tied
+            areas[id(tensor)].append((0, 1, name))
+            complete.add(name)
+        elif key is not None:
+            begin = tensor.data_ptr()
+            steps = sum(
+                (length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            areas[key].append(
+                (begin, begin + (steps + 1) * tensor.element_size() if tensor.numel() else begin, name)
+            )
+            if (begin, tensor.numel() * tensor.element_size()) == key[1:]:
+                complete.add(name)
+    ties = {}
+    for group in (group for found in areas.values() for group in _overlapping(found) if len(group) > 1):
+        whole = sorted(complete.intersection(group))
+        if not whole:
+            raise RuntimeError(
+                f"{type(model).__name__}: the tensors {sorted(group)} share memory and none covers all of "
+                "it, so that no name can stand for the others; give them memory of their own (clone)"
+            )
+        kept = next((name for name in whole if name in preferred), whole[0])
+        ties[kept] = sorted(group - {kept})
+    return ties
+
+
+def _memory_of(tensor: torch.Tensor) -> tuple[torch.device, int, int] | None:
+    """Device, address and bytes of a storage; None if it has none."""
+    if tensor.is_meta:
+        return None
+    storage = tensor.untyped_storage()
+    key = tensor.device, storage.data_ptr(), storage.nbytes()
+    return key if key[1] and key[2] else None
+
+
+def _overlapping(areas: list[tuple[int, int, str]]) -> Iterator[set[str]]:
+    group: set[str] = set()
+    end = -1
+    for begin, stop, name in sorted(areas):
+        if group and begin >= end:
+            yield group
+            group = set()
+        group.add(name)
+        end = max(end, stop)
+    if group:
+        yield group
+
+
+def _assign(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """`state`, with what is in the model now in place of what was put there."""
+    loaded: dict[str, Any] = dict(state)
+    if type(model).load_state_dict is not torch.nn.Module.load_state_dict or any(
+        module._load_state_dict_pre_hooks for module in model.modules()
+    ):
+        return loaded  # hooks rename and reshape: they must find the file's tensors
+    places: dict[int, list[_Place]] = defaultdict(list)
+    users: dict[object, set[int]] = defaultdict(set)
+    for _, place, tensor in _tensors(model):
+        places[id(tensor)].append(place)
+        users[_memory_of(tensor) if tensor.layout is torch.strided else None].add(id(tensor))
+    for name, place, tensor in _tensors(model):
+        given = state.get(name)
+        if given is None or not _can_replace(tensor, given):
+            continue
+        memory = _memory_of(tensor)
+        if memory is not None and len(users[memory]) > 1:
+            continue  # tied by memory and not by being one object: only copying keeps it tied
+        loaded[name] = _replace(tensor, given, places.pop(id(tensor), [place]))
+        places[id(loaded[name])].append(place)
+    return loaded
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, _Place, torch.Tensor]]:
+    """Full names of what modules load the ordinary way, tied ones more than once, in torch's order."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if type(module)._load_from_state_dict is not torch.nn.Module._load_from_state_dict:
+            continue
+        for store in (module._parameters, module._buffers):
+            for name, tensor in list(store.items()):
+                if tensor is not None and name not in module._non_persistent_buffers_set:
+                    yield f"{prefix}.{name}" if prefix else name, (store, name), tensor
+
+
+def _can_replace(tensor: torch.Tensor, given: torch.Tensor) -> bool:
+    return (
+        type(tensor) in (torch.nn.Parameter, torch.Tensor)
+        and tensor.layout is torch.strided
+        and tensor.shape == given.shape
+        and tensor.dtype == given.dtype
+        and not given.is_meta
+        and (tensor.is_meta or tensor.device == given.device)
+    )
+
+
+def _replace(tensor: torch.Tensor, given: torch.Tensor, places: list[_Place]) -> torch.Tensor:
+    """Make the model's `tensor` show the memory of `given`; the tensor that is in the model then."""
+    if not tensor.is_meta:
+        tensor.data = given
+        return tensor
+    new = given.detach()
+    if isinstance(tensor, torch.nn.Parameter):
+        new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
+    swap: Any = torch.utils.swap_tensors
+    try:
+        swap(tensor, new)
+    except RuntimeError:  # somebody holds a weak reference to it, or a graph does
+        for store, name in places:
+            store[name] = new
+        return new
+    return tensor
