@@ -30,7 +30,9 @@ _NO_METADATA: Final[Mapping[str, Any]] = {}
 class ArrayInfo:
     """One array of a snapshot: nothing of it is read to know this.
 
-    shape in elements, order "C" or "F", nbytes and offset (within the region) in bytes.
+    shape in elements, order "C" or "F", nbytes and offset (within the region) in bytes. strides: None, or
+    bytes from element to element of each dimension where these do not follow one another; nbytes and
+    offset are then the range that holds them all.
     """
 
     name: str
@@ -40,6 +42,7 @@ class ArrayInfo:
     nbytes: int
     offset: int
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,8 @@ class IndexCatalog:
 
     @property
     def names(self) -> Collection[str]:
-        return self._index.rows.keys()
+        index = self._index
+        return dict.fromkeys(index.visible).keys() if index.views else index.rows.keys()
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -125,16 +129,16 @@ class IndexCatalog:
 
     def info(self, name: str) -> ArrayInfo:
         index = self._index
-        row = index.rows[name]
-        offset, nbytes = index.range_of(row)
+        place = index.place_of(name)
         return ArrayInfo(
             name,
-            index.dtype_of(row),
-            index.shape_of(row),
-            index.order_of(row),
-            nbytes,
-            offset,
+            place.dtype,
+            place.shape,
+            place.order,
+            place.nbytes,
+            place.offset,
             index.array_metadata.get(name, _NO_METADATA),
+            place.strides,
         )
 
     def name_at(self, begin: int, end: int) -> str | None:
@@ -200,6 +204,8 @@ class DirectoryCatalog:
             end = align_up(end + blob.size, chunk_size)
         self._content_size = self._bases[-1] + directory.files[-1].size if directory.files else 0
         self._entries = {entry.name: entry for entry in directory.arrays}
+        self._views = {view.name: view for view in directory.views}
+        self._names = dict.fromkeys(directory.names)
 
     @property
     def format(self) -> str:
@@ -207,7 +213,7 @@ class DirectoryCatalog:
 
     @property
     def names(self) -> Collection[str]:
-        return self._entries.keys()
+        return self._names.keys()
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -217,6 +223,14 @@ class DirectoryCatalog:
         return self._bases[entry.file] + entry.offset
 
     def info(self, name: str) -> ArrayInfo:
+        view = self._views.get(name)
+        if view is not None:
+            offset = self._offset(self._entries[view.array]) + view.offset
+            order, shape, metadata = view.order, view.shape, view.metadata
+            strides = None if order else view.strides
+            return ArrayInfo(name, view.dtype, shape, order or "C", view.span, offset, metadata, strides)
+        if name not in self._names:
+            raise KeyError(name)
         entry = self._entries[name]
         return ArrayInfo(
             name, entry.dtype, entry.shape, entry.order, entry.nbytes, self._offset(entry), entry.metadata

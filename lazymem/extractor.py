@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import heapq
 import json
+import math
 import os
 import zipfile
 import zlib
@@ -23,6 +24,7 @@ import numpy as np
 from .containers import npy, safetensors
 from .containers.base import Directory, unsupported
 from .errors import ArrayNotFound, BuildError, FormatError, OptionError, UnsupportedDtype, UnsupportedFormat
+from .format.index import Place
 from .format.origin import DeflatedMember, Origin, OriginFile, unsafe_name
 from .format.reader import SnapshotReader, open_snapshot
 from .opener import LocationOpener, location_of
@@ -31,6 +33,7 @@ from .recognizer import recognize
 from .store import locations
 from .store.ahead import AheadBlob
 from .store.local import AtomicFile
+from .views import gather
 
 StrPath = str | os.PathLike[str]
 Cache = str | os.PathLike[str] | bool | None
@@ -100,11 +103,11 @@ def extract(
             elif format == "raw":
                 _extract_raw(job, target, names)
             elif format == "npy":
-                _extract_npy(job, target, job.rows(names))
+                _extract_npy(job, target, job.names(names))
             elif format == "safetensors":
-                _extract_safetensors(job, target, job.rows(names))
+                _extract_safetensors(job, target, job.names(names))
             else:
-                _extract_npz(job, target, job.rows(names))
+                _extract_npz(job, target, job.names(names))
         except BaseException:
             job.undo()
             raise
@@ -121,6 +124,7 @@ def cat(
 ) -> int:
     """Write the bytes of one array, as they lie in memory, to `out`; return their number.
 
+    Those of a view whose elements do not follow one another are written in C order.
     source: the path or URL of a snapshot, whose bytes are checked, or of a container that can be read in
     place. storage_options, cache: as for `extract`. Raises `ArrayNotFound`, `UnsupportedFormat` (it is
     compressed), and what reading and writing raise.
@@ -131,12 +135,12 @@ def cat(
         if isinstance(found, Directory):
             return _cat_in_place(locations.display(location), found, name, out)
         reader = SnapshotReader(found)
-        (row,) = _rows(reader, [name])
-        offset, nbytes = reader.index.range_of(row)
-        with reader.ahead([(offset, nbytes)]):
-            for piece in reader.read_range(offset, nbytes):
+        (name,) = _names(reader, [name])
+        place = reader.index.place_of(name)
+        with reader.ahead([(place.offset, place.nbytes)]):
+            for piece in _elements(reader, place):
                 out.write(piece)
-        return nbytes
+        return place.size
 
 
 def _opener(storage_options: Mapping[str, Any] | None, cache: Cache) -> LocationOpener:
@@ -146,30 +150,50 @@ def _opener(storage_options: Mapping[str, Any] | None, cache: Cache) -> Location
 
 
 def _cat_in_place(url: str, directory: Directory, name: str, out: BinaryIO) -> int:
-    entry = next((entry for entry in directory.arrays if entry.name == name), None)
-    if entry is None:
+    if name not in directory.names:
         raise _no_array(url, name)
+    view = next((view for view in directory.views if view.name == name), None)
+    base = name if view is None else view.array
+    entry = next(entry for entry in directory.arrays if entry.name == base)
     if entry.compression is not None:
         raise unsupported(
             url, f"array {name!r}", f"is compressed ({entry.compression})", "`lazymem build` a snapshot of it"
         )
+    offset, nbytes = entry.offset, entry.nbytes
+    if view is not None:
+        offset, nbytes = offset + view.offset, view.span
     blob = directory.files[entry.file]
     with contextlib.ExitStack() as stack:
         if blob.fileno() is None:
-            blob = stack.enter_context(AheadBlob(blob, [(entry.offset, entry.nbytes)]))
-        for begin in range(0, entry.nbytes, _PIECE):
-            out.write(blob.read(entry.offset + begin, min(_PIECE, entry.nbytes - begin)))
-    return entry.nbytes
+            blob = stack.enter_context(AheadBlob(blob, [(offset, nbytes)]))
+        pieces: Iterator[Any] = (
+            blob.read(offset + begin, min(_PIECE, nbytes - begin)) for begin in range(0, nbytes, _PIECE)
+        )
+        if view is not None and view.order is None:
+            pieces = gather(pieces, nbytes, view.dtype, view.shape, view.strides, "C")
+            nbytes = math.prod(view.shape) * view.dtype.itemsize
+        for piece in pieces:
+            out.write(piece)
+    return nbytes
 
 
-def _rows(reader: SnapshotReader, names: Sequence[str] | None) -> list[int]:
-    rows = reader.index.rows
+def _names(reader: SnapshotReader, names: Sequence[str] | None) -> list[str]:
+    visible = reader.index.visible
     if names is None:
-        return list(rows.values())
+        return visible
+    known = set(visible)
     for name in names:
-        if name not in rows:
+        if name not in known:
             raise _no_array(reader.index.url, name)
-    return [rows[name] for name in dict.fromkeys(names)]
+    return list(dict.fromkeys(names))
+
+
+def _elements(reader: SnapshotReader, place: Place, *, in_c_order: bool = False) -> Iterator[Any]:
+    """The bytes of all elements: as they lie where they follow one another, else (or if asked) in C order."""
+    stored = reader.read_range(place.offset, place.nbytes)
+    if place.strides is None and (place.order == "C" or not in_c_order):
+        return stored
+    return gather(stored, place.nbytes, place.dtype, place.shape, place.strides, place.order)
 
 
 def _no_array(url: str, name: str) -> ArrayNotFound:
@@ -191,14 +215,15 @@ class _Job:
         self._progress = progress
         self._folders: list[str] = []
 
-    def rows(self, names: Sequence[str] | None) -> list[int]:
-        rows = _rows(self.reader, names)
-        self.total = sum(self.index.range_of(row)[1] for row in rows)
-        return rows
+    def names(self, names: Sequence[str] | None) -> list[str]:
+        found = _names(self.reader, names)
+        self.total = sum(self.index.place_of(name).size for name in found)
+        return found
 
-    def ahead(self, rows: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    def ahead(self, names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
         """Within the block, these arrays are read in this order."""
-        return self.reader.ahead(self.index.range_of(row) for row in rows)
+        places = map(self.index.place_of, names)
+        return self.reader.ahead((place.offset, place.nbytes) for place in places)
 
     def default_name(self, suffix: str) -> str:
         return Path(locations.name_of(self.index.url)).stem + suffix
@@ -248,8 +273,8 @@ class _Job:
             yield target.file
         self.written.append(Path(path))
 
-    def copy(self, offset: int, length: int, write: Callable[[Any], object]) -> None:
-        for piece in self.reader.read_range(offset, length):
+    def copy(self, name: str, write: Callable[[Any], object], *, in_c_order: bool = False) -> None:
+        for piece in _elements(self.reader, self.index.place_of(name), in_c_order=in_c_order):
             write(piece)
             self.advance(len(piece))
 
@@ -377,41 +402,39 @@ def _differs(job: _Job, file: OriginFile, what: str) -> FormatError:
 
 
 def _extract_raw(job: _Job, target: str, names: Sequence[str] | None) -> None:
-    if names is None:
-        offset, nbytes = 0, job.index.content_size
-    elif len(names) == 1:
-        offset, nbytes = job.index.range_of(_rows(job.reader, names)[0])
-    else:
+    if names is not None and len(names) != 1:
         raise OptionError(f"format 'raw' writes one array or the whole content, not {len(names)} arrays")
-    job.total = nbytes
     path = job.path(target, job.default_name(".bin"))
-    with job.file(path) as out, job.reader.ahead([(offset, nbytes)]):
-        _copy_plain(job, offset, nbytes, out, None)
+    if names is not None:
+        (name,) = job.names(names)
+        with job.file(path) as out, job.ahead([name]):
+            job.copy(name, out.write)
+        return
+    job.total = job.index.content_size
+    with job.file(path) as out, job.reader.ahead([(0, job.total)]):
+        _copy_plain(job, 0, job.total, out, None)
 
 
-def _extract_npy(job: _Job, target: str, rows: list[int]) -> None:
-    index = job.index
+def _extract_npy(job: _Job, target: str, names: list[str]) -> None:
     paths = [job.path(target, job.default_name(".npy"))]
-    if len(rows) != 1:
-        paths = [job.path_below(target, index.names[row] + ".npy") for row in rows]
-    with job.ahead(rows):
-        for row, path in zip(rows, paths, strict=True):
-            header = _npy_header(job, row)
+    if len(names) != 1:
+        paths = [job.path_below(target, name + ".npy") for name in names]
+    with job.ahead(names):
+        for name, path in zip(names, paths, strict=True):
+            header = _npy_header(job, name)
             with job.file(path) as out:
                 out.write(header)
-                job.copy(*index.range_of(row), out.write)
+                job.copy(name, out.write)
 
 
-def _npy_header(job: _Job, row: int) -> bytes:
+def _npy_header(job: _Job, name: str) -> bytes:
+    place = job.index.place_of(name)
+    return npy.make_header(place.dtype, place.shape, place.order, name=name)
+
+
+def _extract_npz(job: _Job, target: str, names: list[str]) -> None:
     index = job.index
-    return npy.make_header(
-        index.dtype_of(row), index.shape_of(row), index.order_of(row), name=index.names[row]
-    )
-
-
-def _extract_npz(job: _Job, target: str, rows: list[int]) -> None:
-    index = job.index
-    members = [index.names[row] + ".npy" for row in rows]
+    members = [name + ".npy" for name in names]
     for member in members:
         # Other programs unpack an .npz to the names in it.
         why = unsafe_name(member) or (len(member.encode()) > _MAX_ZIP_NAME and "is too long for a zip file")
@@ -422,38 +445,33 @@ def _extract_npz(job: _Job, target: str, rows: list[int]) -> None:
                 url=index.url,
                 field=member,
             )
-    headers = [_npy_header(job, row) for row in rows]
+    headers = [_npy_header(job, name) for name in names]
     with (
         job.file(job.path(target, job.default_name(".npz"))) as out,
         zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-        job.ahead(rows),
+        job.ahead(names),
     ):
-        for row, member, header in zip(rows, members, headers, strict=True):
+        for name, member, header in zip(names, members, headers, strict=True):
             # A ZipInfo has a fixed time, so the same snapshot gives the same file.
             with archive.open(zipfile.ZipInfo(member), "w", force_zip64=True) as stream:
                 stream.write(header)
-                job.copy(*index.range_of(row), stream.write)
+                job.copy(name, stream.write)
 
 
-def _extract_safetensors(job: _Job, target: str, rows: list[int]) -> None:
+def _extract_safetensors(job: _Job, target: str, names: list[str]) -> None:
     index = job.index
     tensors: list[tuple[str, str, list[int], int]] = []
     # Widest first, as the safetensors package does, so that every tensor is aligned.
-    rows = sorted(rows, key=lambda row: -index.dtype_of(row).itemsize)
-    for row in rows:
-        name, shape = index.names[row], index.shape_of(row)
-        if index.order_of(row) == "F" and len(shape) > 1:
-            raise BuildError(
-                f"{index.url}: array {name!r} is in Fortran order, which safetensors does not have; "
-                'extract it with format="npz"'
-            )
-        found = safetensors.dtype_name(index.dtype_of(row), shape, index.array_metadata.get(name, {}))
+    names = sorted(names, key=lambda name: -index.place_of(name).dtype.itemsize)
+    for name in names:
+        place = index.place_of(name)
+        found = safetensors.dtype_name(place.dtype, place.shape, index.array_metadata.get(name, {}))
         if found is None:
             raise UnsupportedDtype(
-                f"{index.url}: array {name!r} has dtype {str(index.dtype_of(row))[:200]}, which safetensors "
+                f"{index.url}: array {name!r} has dtype {str(place.dtype)[:200]}, which safetensors "
                 'does not have; extract it with format="npz"'
             )
-        tensors.append((name, *found, index.range_of(row)[1]))
+        tensors.append((name, *found, place.size))
     header = safetensors.make_header(
         tensors,
         {
@@ -461,7 +479,7 @@ def _extract_safetensors(job: _Job, target: str, rows: list[int]) -> None:
             for key, value in index.metadata.items()
         },
     )
-    with job.file(job.path(target, job.default_name(".safetensors"))) as out, job.ahead(rows):
+    with job.file(job.path(target, job.default_name(".safetensors"))) as out, job.ahead(names):
         out.write(header)
-        for row in rows:
-            job.copy(*index.range_of(row), out.write)
+        for name in names:
+            job.copy(name, out.write, in_c_order=True)

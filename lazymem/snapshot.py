@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .catalog import ArrayInfo, Catalog, DirectoryCatalog, IndexCatalog
 from .composition import ComposedCatalog, Recipe, cast_recipes, float_dtype
 from .containers.base import Directory
-from .errors import ArrayNotFound, OptionError, SnapshotChanged
+from .errors import ArrayNotFound, OptionError, OutOfMemory, SnapshotChanged
 from .format.reader import load_index
 from .opener import LocationOpener, location_of
 from .options import OpenOptions, StoreOptions
@@ -27,6 +27,7 @@ from .recognizer import recognize
 from .region import Region, Span, Stats
 from .store import locations
 from .store.base import Blob
+from .views import show
 
 StrPath = str | os.PathLike[str]
 
@@ -60,7 +61,7 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
     @property
     def format(self) -> str:
-        """ "lzm", or the container's: "safetensors", "safetensors-sharded", "npy", "npz", "raw"."""
+        """ "lzm", or the container's: "safetensors", "safetensors-sharded", "npy", "npz", "raw", "torch"."""
         return self._catalog.format
 
     @property
@@ -203,7 +204,7 @@ class Snapshot(Mapping[str, NDArray[Any]]):
         return spans
 
     def read(self, name: str) -> NDArray[Any]:
-        """A copy of an array in memory of its own, writable. Blocks with the GIL released.
+        """A copy of an array in memory of its own, contiguous, writable. Blocks with the GIL released.
 
         Populates the array first, so the bytes are then in memory twice until the region goes.
         Raises what `prefetch(wait=True)` raises.
@@ -212,7 +213,16 @@ class Snapshot(Mapping[str, NDArray[Any]]):
         self._region.prefetch(self._region.spans(info.offset, info.nbytes), wait=True)
         data = np.empty(info.nbytes, np.uint8)
         self._region.read_into(info.offset, data)
-        return _shape(info, data)
+        array = _shape(info, data)
+        if info.strides is None:
+            return array
+        try:
+            return array.copy("C")
+        except MemoryError as error:  # a dimension that repeats may be of any length
+            raise OutOfMemory(
+                f"{self._url}: array {name!r} shows few bytes many times over, and there is no room for a "
+                "copy of all; use the array itself"
+            ) from error
 
     def handle(self, name: str) -> ArrayHandle:
         """A small picklable stand-in for an array, for workers in other processes. Raises `ArrayNotFound`."""
@@ -464,8 +474,7 @@ class ArrayHandle:
 
 
 def _shape(info: ArrayInfo, data: NDArray[np.uint8]) -> NDArray[Any]:
-    order: Any = info.order
-    return np.ndarray(info.shape, info.dtype, buffer=data, order=order)
+    return show(data, info.dtype, info.shape, info.strides, info.order)
 
 
 def _hint(name: str, catalog: Catalog) -> str:

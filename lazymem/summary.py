@@ -7,6 +7,7 @@ Unlike `open`, it also lists compressed members of an .npz.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -32,6 +33,8 @@ class ListedArray:
 
     first_chunk, chunks: where it lies in a snapshot; None in a container. chunks is 0 for an empty array.
     stored_bytes: what it takes of a container's file; None in a snapshot, where chunks may be shared.
+    view_of: the array whose bytes it shows, which may be a hidden one; None if they are its own. strides: in
+    bytes, where its elements do not follow one another.
     """
 
     name: str
@@ -44,6 +47,8 @@ class ListedArray:
     stored_bytes: int | None
     compression: str | None
     metadata: Mapping[str, Any]
+    view_of: str | None = None
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,8 @@ class Chunks:
 class Summary:
     """A snapshot or a container as a whole. Sizes in bytes.
 
-    arrays: visible ones. hidden_arrays: bytes of the original file that are in no array, as its header.
+    arrays: visible ones, of which `views` have no bytes of their own. hidden_arrays: bytes of the original
+    file that are in no array, as its header.
     content_bytes: of the memory that shows a snapshot; it, chunks, digest, created_by and container are
     None for containers. files: of a container; a snapshot is one file. compressed_arrays: those of a
     container that keep it from being read in place.
@@ -96,6 +102,7 @@ class Summary:
     format: str
     file_bytes: int
     arrays: int
+    views: int
     hidden_arrays: int
     compressed_arrays: int
     array_bytes: int
@@ -135,6 +142,7 @@ def _of_index(index: SnapshotIndex) -> list[ListedArray]:
     rows = []
     for name in catalog.names:
         info = catalog.info(name)
+        view = index.views.get(name)
         first = info.offset // index.chunk_size
         last = (info.offset + info.nbytes - 1) // index.chunk_size
         rows.append(
@@ -143,12 +151,14 @@ def _of_index(index: SnapshotIndex) -> list[ListedArray]:
                 dtype=str(info.dtype),
                 shape=info.shape,
                 order=info.order,
-                nbytes=info.nbytes,
+                nbytes=index.place_of(name).size,
                 first_chunk=first,
                 chunks=last - first + 1 if info.nbytes else 0,
                 stored_bytes=None,
                 compression=None,
                 metadata=info.metadata,
+                view_of=None if view is None else view.array,
+                strides=info.strides,
             )
         )
     return rows
@@ -169,6 +179,23 @@ def _of_directory(directory: Directory) -> list[ListedArray]:
             metadata=entry.metadata,
         )
         for entry in directory.arrays
+        if not entry.hidden
+    ] + [
+        ListedArray(
+            name=view.name,
+            dtype=str(view.dtype),
+            shape=view.shape,
+            order=view.order or "C",
+            nbytes=math.prod(view.shape) * view.dtype.itemsize,
+            first_chunk=None,
+            chunks=None,
+            stored_bytes=0,
+            compression=None,
+            metadata=view.metadata,
+            view_of=view.array,
+            strides=None if view.order else view.strides,
+        )
+        for view in directory.views
     ]
 
 
@@ -191,6 +218,7 @@ def _summarize_index(index: SnapshotIndex) -> Summary:
         format="lzm",
         file_bytes=facts.file_size,
         arrays=facts.arrays,
+        views=facts.views,
         hidden_arrays=facts.hidden_arrays,
         compressed_arrays=0,
         array_bytes=facts.array_bytes,
@@ -230,7 +258,8 @@ def _summarize_directory(url: str, directory: Directory) -> Summary:
         url=url,
         format=directory.format,
         file_bytes=sum(file.size for file in files),
-        arrays=len(directory.arrays),
+        arrays=len(directory.names),
+        views=len(directory.views),
         hidden_arrays=0,
         compressed_arrays=sum(entry.compression is not None for entry in directory.arrays),
         array_bytes=sum(entry.nbytes for entry in directory.arrays),
@@ -241,5 +270,8 @@ def _summarize_directory(url: str, directory: Directory) -> Summary:
         container=None,
         files=files,
         metadata=directory.metadata,
-        array_metadata={entry.name: entry.metadata for entry in directory.arrays if entry.metadata},
+        array_metadata={
+            **{entry.name: entry.metadata for entry in directory.arrays if entry.metadata},
+            **{view.name: view.metadata for view in directory.views if view.metadata},
+        },
     )

@@ -37,9 +37,10 @@ BuildSource = StrPath | Mapping[str, Any] | Sequence[StrPath] | BinaryIO
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """What `build` made. path: or URL, free of secrets. arrays: without hidden ones. Sizes in bytes.
+    """What `build` made. path: or URL, free of secrets. Sizes in bytes.
 
-    content_bytes: of the region that shows the snapshot. source_bytes: of what went in.
+    arrays: with views, without hidden ones. content_bytes: of the region that shows the snapshot.
+    source_bytes: of what went in.
     chunks: all of them; zero_chunks take no bytes, raw_chunks did not shrink. digest: hexadecimal.
     exact: `extract` gives back the very files that went in, or none did; else reason says why not.
     """
@@ -75,9 +76,10 @@ def build(
 ) -> BuildReport:
     """Build the snapshot `destination`, a path or URL, from `source`, and say what was built.
 
-    source: a mapping of names to arrays; the path or URL of a container (.npy, .npz, .safetensors, a
-        folder or index of shards), of a snapshot, or of any other file, whose bytes become the array
-        "data"; a list of such; a binary file object; or "-" for standard input.
+    source: a mapping of names to arrays, of which those that lie in the memory of an earlier one take no
+        bytes again; the path or URL of a container (.npy, .npz, .safetensors, .pt, a folder or index of
+        shards), of a snapshot, or of any other file, whose bytes become the array "data"; a list of such;
+        a binary file object; or "-" for standard input.
     codec, level, chunk_size, planes, threads: see `BuildOptions`.
     metadata, array_metadata: JSON, kept with what the source says, over which they win.
     overwrite: whether to replace an existing destination: None, if it is a snapshot or empty; True,
@@ -177,6 +179,10 @@ def _copy(
                 if progress is not None and done - reported >= _PROGRESS_STEP:
                     progress(done, source.total_bytes)
                     reported = done
+    for view in source.views:
+        writer.add_view(view)
+        if view.metadata:
+            metadata[view.name] = view.metadata
     if progress is not None:
         progress(done, done)
     return offsets, metadata

@@ -25,7 +25,8 @@ from ..format import structs
 from ..format.origin import DeflatedMember, Origin, OriginFile, unsafe_name
 from ..store.ahead import AheadBlob
 from ..store.base import Blob
-from .sources import PIECE, Item, Items, Piece
+from ..views import PIECE, View
+from .sources import Item, Items, Piece
 
 _BYTES: Final = np.dtype(np.uint8)
 #: Hashing more zeros than this would take longer than writing the snapshot; the file gets no SHA-256.
@@ -50,7 +51,8 @@ class ContainerSource:
         grown = sum(entry.member_size - entry.stored_length for entry in deflated)
         self.total_bytes: int | None = self.source_bytes + grown
         self._hidden_prefix = ".container"
-        while any(name.startswith(self._hidden_prefix) for name in self.names):
+        names = {entry.name for entry in directory.arrays}.union(self.names)
+        while any(name.startswith(self._hidden_prefix) for name in names):
             self._hidden_prefix = "." + self._hidden_prefix
         # (file, file_offset, array's name, offset within it, length)
         self._extents: list[tuple[int, int, str, int, int]] = []
@@ -59,7 +61,11 @@ class ContainerSource:
 
     @property
     def names(self) -> Collection[str]:
-        return [entry.name for entry in self._directory.arrays]
+        return self._directory.names
+
+    @property
+    def views(self) -> Sequence[View]:
+        return self._directory.views
 
     @property
     def files(self) -> Sequence[Blob]:
@@ -183,7 +189,7 @@ class ContainerSource:
 
 
 def _item(entry: ArrayEntry, pieces: Iterator[Piece]) -> Item:
-    return Item(entry.name, entry.dtype, entry.shape, pieces, entry.order, metadata=entry.metadata)
+    return Item(entry.name, entry.dtype, entry.shape, pieces, entry.order, entry.hidden, entry.metadata)
 
 
 def _file_name(name: str, number: int) -> str:
@@ -203,14 +209,23 @@ def combine(directories: Sequence[Directory]) -> Directory:
     if twice:
         raise BuildError(f"two of the files are called {twice[0]!r}; rename one of them")
     arrays: list[tuple[str, ArrayEntry]] = []
+    views: list[tuple[str, View]] = []
     base = 0
     for directory in directories:
         for entry in directory.arrays:
             stem = os.path.splitext(directory.file_names[entry.file])[0]
             name = stem if directory.format in _ONE_ARRAY else entry.name
             arrays.append((stem, entry._replace(name=name, file=base + entry.file)))
+        stems = {
+            entry.name: os.path.splitext(directory.file_names[entry.file])[0] for entry in directory.arrays
+        }
+        views += [(stems[view.array], view) for view in directory.views]
         base += len(directory.files)
-    repeated = set(_repeated([entry.name for _, entry in arrays]))
+    repeated = set(_repeated([entry.name for _, entry in arrays] + [view.name for _, view in views]))
+
+    def name_of(stem: str, name: str) -> str:
+        return f"{stem}/{name}" if name in repeated else name
+
     formats = {directory.format for directory in directories}
     metadata: dict[str, Any] = {}
     extra: dict[str, bytes] = {}
@@ -221,12 +236,13 @@ def combine(directories: Sequence[Directory]) -> Directory:
         formats.pop() if len(formats) == 1 else "mixed",
         [blob for directory in directories for blob in directory.files],
         [name for directory in directories for name in directory.file_names],
-        [
-            entry._replace(name=f"{stem}/{entry.name}") if entry.name in repeated else entry
-            for stem, entry in arrays
-        ],
+        [entry._replace(name=name_of(stem, entry.name)) for stem, entry in arrays],
         metadata,
         extra,
+        [
+            view._replace(name=name_of(stem, view.name), array=name_of(stem, view.array))
+            for stem, view in views
+        ],
     )
 
 

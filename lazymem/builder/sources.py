@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Generator, Iterator, Mapping
+from bisect import bisect_right, insort
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO, Final, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,7 @@ from ..format import structs
 from ..format.origin import Origin, OriginFile
 from ..format.reader import SnapshotReader
 from ..store.base import Blob
-
-#: Bytes read or copied at once.
-PIECE: Final = 4 << 20
+from ..views import PIECE, View, pieces_in_c_order
 
 #: A piece of an array: bytes, or a number of zero bytes that need not be read.
 Piece = bytes | memoryview | NDArray[np.uint8] | int
@@ -53,7 +52,11 @@ class Source(Protocol):
 
     @property
     def names(self) -> Collection[str]:
-        """Of the visible arrays, known before anything is read."""
+        """Of the visible arrays, views too, known before anything is read."""
+
+    @property
+    def views(self) -> Sequence[View]:
+        """Arrays that share the bytes of items."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -76,21 +79,41 @@ class Source(Protocol):
 
 
 class ArraySource:
-    """A mapping of names to arrays, or to what numpy makes arrays of. Refuses what has no bytes."""
+    """A mapping of names to arrays, or to what numpy makes arrays of. Refuses what has no bytes.
+
+    An array whose memory lies within that of an earlier one is a view of that: tied weights go in once.
+    """
 
     def __init__(self, arrays: Mapping[str, Any]) -> None:
         self._arrays: dict[str, NDArray[Any]] = {}
+        self._views: list[View] = []
+        self._taken: list[tuple[int, int, str]] = []  # address, end, name: of contiguous arrays, sorted
+        self.names: Collection[str] = arrays.keys()
         for name, value in arrays.items():
             if not isinstance(name, str):
                 raise BuildError(f"array name {name!r} is not a string; name arrays with strings")
             array = _as_array(name, value)
             dtype_to_json(array.dtype, name=name)  # refuse it now, not after an hour of compressing
-            self._arrays[name] = array
+            self._add(name, array)
         self.total_bytes = self.source_bytes = sum(array.nbytes for array in self._arrays.values())
 
+    def _add(self, name: str, array: NDArray[Any]) -> None:
+        begin = array.__array_interface__["data"][0]
+        view = View(name, "", 0, array.dtype, array.shape, array.strides)
+        # Those that are taken are kept, so nothing else can come to lie at their addresses meanwhile.
+        at = bisect_right(self._taken, begin, key=lambda taken: taken[0]) - 1
+        if array.nbytes and at >= 0 and min(array.strides, default=0) >= 0:
+            start, end, other = self._taken[at]
+            if begin + view.span <= end:
+                self._views.append(view._replace(array=other, offset=begin - start))
+                return
+        self._arrays[name] = array
+        if array.nbytes and (array.flags.c_contiguous or array.flags.f_contiguous):
+            insort(self._taken, (begin, begin + array.nbytes, name))
+
     @property
-    def names(self) -> Collection[str]:
-        return self._arrays.keys()
+    def views(self) -> Sequence[View]:
+        return self._views
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -99,7 +122,7 @@ class ArraySource:
     def items(self) -> Items:
         for name, array in self._arrays.items():
             fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-            pieces = _array_pieces(array.T if fortran else array)
+            pieces = pieces_in_c_order(array.T if fortran else array)
             yield Item(name, array.dtype, array.shape, pieces, "F" if fortran else "C")
 
     def origin(self, offsets: Mapping[str, int]) -> None:
@@ -120,29 +143,11 @@ def _as_array(name: str, value: Any) -> NDArray[Any]:
         ) from error
 
 
-def _array_pieces(array: NDArray[Any]) -> Iterator[NDArray[np.uint8]]:
-    """The array's bytes in C order. Copies at most a piece at a time, whatever the strides."""
-    if array.nbytes == 0:
-        return
-    if array.flags.c_contiguous:
-        flat = array.reshape(-1).view(np.uint8)
-        for begin in range(0, len(flat), PIECE):
-            yield flat[begin : begin + PIECE]
-        return
-    rows = PIECE // (array.nbytes // len(array))
-    if rows == 0:
-        for part in array:
-            yield from _array_pieces(part)
-        return
-    for begin in range(0, len(array), rows):
-        part = np.ascontiguousarray(array[begin : begin + rows])
-        yield part.reshape(-1).view(np.uint8)
-
-
 class StreamSource:
     """A binary stream of unknown length: one uint8 array called "data"."""
 
     total_bytes: int | None = None
+    views: Sequence[View] = ()
 
     def __init__(self, file: BinaryIO, *, file_name: str, close: bool) -> None:
         self._file = file
@@ -204,7 +209,12 @@ class SnapshotSource:
 
     @property
     def names(self) -> Collection[str]:
-        return self._index.rows.keys()
+        return self._index.visible
+
+    @property
+    def views(self) -> Sequence[View]:
+        metadata = self._index.array_metadata
+        return [view._replace(metadata=metadata.get(name, {})) for name, view in self._index.views.items()]
 
     @property
     def metadata(self) -> Mapping[str, Any]:

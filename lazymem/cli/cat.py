@@ -18,9 +18,9 @@ from .stores import storage_option
 def cat(source: str, name: str, storage_options: dict[str, Any]) -> None:
     """Write the bytes of the array NAME of SRC to standard output.
 
-    Raw bytes as they lie in memory: no header. SRC, a path or URL, is a snapshot, whose bytes are
-    checked before they are written, or a container that is read in place. Of a URL only the chunks of
-    NAME are fetched.
+    Raw bytes as they lie in memory (a view with gaps in C order): no header. SRC, a path or URL, is a
+    snapshot, whose bytes are checked before they are written, or a container that is read in place. Of a
+    URL only the chunks of NAME are fetched.
 
     \b
     Examples:

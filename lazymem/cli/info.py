@@ -54,6 +54,8 @@ def info(source: str, as_json: bool, storage_options: dict[str, Any]) -> None:
 def _lines(summary: Summary) -> list[tuple[str, str]]:
     lines = [("format", _format(summary))]
     arrays = f"{count(summary.arrays, 'array')}, {human_bytes(summary.array_bytes)}"
+    if summary.views:
+        arrays += f", {count(summary.views, 'view')} among them"
     if summary.hidden_arrays:
         arrays += f" (and {count(summary.hidden_arrays, 'hidden part')} of the original)"
     lines.append(("arrays", arrays))

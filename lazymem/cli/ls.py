@@ -66,8 +66,12 @@ def ls(source: str, long_: bool, as_json: bool, storage_options: dict[str, Any])
 
 
 def _row(array: ListedArray, long_: bool) -> tuple[str, ...]:
+    name = plain(array.name)
+    if array.view_of is not None:
+        name += f"  (view of {plain(array.view_of)})"
     base = (plain(array.dtype), shape(array.shape), human_bytes(array.nbytes))
-    return (*base, *((array.order, _where(array)) if long_ else ()), plain(array.name))
+    order = array.order if array.strides is None else "-"
+    return (*base, *((order, _where(array)) if long_ else ()), name)
 
 
 def _cut(cell: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import FormatError, UnsupportedFormat
 from ..store.base import Blob
+from ..views import View
 
 MAX_NDIM: Final = 64  # numpy's
 _MAX_NBYTES: Final = 2**63 - 1
@@ -53,18 +54,20 @@ class ArrayEntry(NamedTuple):
     member_size: int = 0
     crc32: int | None = None
     metadata: Mapping[str, Any] = NO_METADATA
+    hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Directory:
     """All arrays of one container, sorted by (file, offset).
 
-    format: "raw", "npy", "npz", "safetensors" or "safetensors-sharded".
+    format: "raw", "npy", "npz", "safetensors", "safetensors-sharded" or "torch".
     files: the blobs, in the order that ArrayEntry.file counts.
     file_names: for each, its name relative to the container (what `extract` writes).
     metadata: the container's own user metadata (safetensors' __metadata__), JSON-able.
     extra_files: further files that belong to the container byte for byte, such as
         model.safetensors.index.json: name -> content.
+    views: more arrays, whose bytes are those of `arrays`. All names, of both, are different.
     """
 
     format: str
@@ -73,6 +76,12 @@ class Directory:
     arrays: Sequence[ArrayEntry]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     extra_files: Mapping[str, bytes] = field(default_factory=dict)
+    views: Sequence[View] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """Of all arrays that are shown, views too."""
+        return [entry.name for entry in self.arrays if not entry.hidden] + [view.name for view in self.views]
 
     def close(self) -> None:
         """Close the blobs; idempotent."""

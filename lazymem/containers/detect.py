@@ -12,7 +12,7 @@ from typing import Final
 from ..errors import FormatError, OptionError
 from ..store import locations
 from ..store.base import Blob, Opener
-from . import npy, npz, raw, safetensors
+from . import npy, npz, raw, safetensors, zipped
 from .base import Directory, read_head, unsupported
 
 FORMATS: Final = ("raw", "npy", "npz", "safetensors", "safetensors-sharded")
@@ -54,7 +54,7 @@ def read_container(blob: Blob, head: bytes, as_format: str | None = None) -> Dir
     suffix = os.path.splitext(locations.name_of(blob.url))[1].lower()
     if as_format == "npy" or (as_format is None and head.startswith(npy.MAGIC)):
         return npy.read_npy(blob, head)
-    if as_format == "npz" or (as_format is None and head.startswith(npz.MAGICS)):
+    if as_format == "npz" or (as_format is None and head.startswith(zipped.MAGICS)):
         return _read_zip(blob, as_format == "npz" or suffix == ".npz")
     if as_format == "safetensors" or safetensors.looks_like(head, blob.size):
         return safetensors.read_safetensors(blob, head)
@@ -72,7 +72,7 @@ def read_container(blob: Blob, head: bytes, as_format: str | None = None) -> Dir
 def _read_zip(blob: Blob, must_be_npz: bool) -> Directory:
     """A zip file is an .npz if it says so or holds .npy members; torch's are told apart from others."""
     try:
-        members = npz.list_members(blob)
+        members = zipped.list_members(blob)
     except FormatError:
         if must_be_npz:
             raise

@@ -8,9 +8,10 @@ the index costs: no chunk is read, and no Python object is made per array but it
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from .. import _native
 from ..dtypes import dtype_from_json
 from ..errors import FormatError
+from ..views import View
 from . import structs
 from .origin import Origin, check_extents, parse_origin
 from .sections import (
@@ -29,6 +31,7 @@ from .sections import (
     unsupported,
 )
 from .tables import check_arrays, check_records, check_runs, split_names
+from .views import parse_views
 
 #: (offset, length) -> exactly those bytes of the file.
 Read = Callable[[int, int], bytes]
@@ -36,9 +39,13 @@ Read = Callable[[int, int], bytes]
 
 @dataclass(frozen=True, slots=True)
 class IndexSummary:
-    """What `info` shows. Sizes in bytes; ratio is array bytes over stored chunk bytes."""
+    """What `info` shows. Sizes in bytes; ratio is array bytes over stored chunk bytes.
+
+    arrays: visible ones, of which `views` have no bytes of their own.
+    """
 
     arrays: int
+    views: int
     hidden_arrays: int
     array_bytes: int
     content_size: int
@@ -52,12 +59,32 @@ class IndexSummary:
     ratio: float
 
 
+class Place(NamedTuple):
+    """Where an array lies in the content, and how. offset, nbytes: the range that holds its elements.
+
+    order: "C" or "F", in which they follow one another; with strides (bytes) they do not.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    order: str
+    strides: tuple[int, ...] | None
+    offset: int
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of all elements, each as often as it is shown."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SnapshotIndex:
     """Everything a reader knows of a snapshot before it reads a chunk. Immutable by convention.
 
     runs, records, arrays, extents: the sections' own records (structs.RUN, CHUNK, ARRAY, EXTENT).
     names: of all arrays, hidden ones too, in the order of `arrays`. rows: visible name -> row.
+    views: more visible names, and bases: the row of each view's array.
     shapes: all dimensions one after another. ends: where each array ends in the content.
     sections: raw bytes of the sections the digest covers. cold: where the unread ones lie.
     """
@@ -75,6 +102,8 @@ class SnapshotIndex:
     name_bytes: bytes
     names: list[str]
     rows: Mapping[str, int]
+    views: Mapping[str, View]
+    bases: Mapping[str, int]
     shapes: NDArray[np.uint64]
     dtypes: tuple[np.dtype[Any], ...]
     metadata: Mapping[str, Any]
@@ -111,6 +140,24 @@ class SnapshotIndex:
         """(offset in the content, nbytes)."""
         return int(self.arrays["offset"][row]), int(self.arrays["nbytes"][row])
 
+    @property
+    def visible(self) -> list[str]:
+        """Names of all arrays of the user's, views too."""
+        return [*self.rows, *self.views]
+
+    def place_of(self, name: str) -> Place:
+        """Where an array or a view lies. Raises KeyError for any but visible names."""
+        view = self.views.get(name)
+        if view is None:
+            row = self.rows[name]
+            return Place(
+                self.dtype_of(row), self.shape_of(row), self.order_of(row), None, *self.range_of(row)
+            )
+        order = view.order
+        strides = None if order else view.strides
+        offset = self.range_of(self.bases[name])[0] + view.offset
+        return Place(view.dtype, view.shape, order or "C", strides, offset, view.span)
+
     def rows_between(self, begin: int, end: int) -> list[int]:
         """Rows of the non-empty arrays that have bytes in content [begin, end)."""
         low = int(np.searchsorted(self.ends, begin, "right"))
@@ -128,13 +175,15 @@ class SnapshotIndex:
 
     def summary(self) -> IndexSummary:
         hidden = (self.arrays["flags"] & structs.HIDDEN) != 0
+        hidden[list(self.bases.values())] = False  # its bytes are shown
         array_bytes = int(self.arrays["nbytes"][~hidden].sum())
         stored_bytes = int(self.records["stored_length"].sum(dtype=np.uint64))
         codecs = np.bincount(self.records["codec"], minlength=len(structs.CODEC_NAMES)).tolist()
         widths = np.bincount(self.records["width"], minlength=9).tolist()
         filters = {f"planes{width}": widths[width] for width in structs.PLANE_WIDTHS if widths[width]}
         return IndexSummary(
-            arrays=len(self.rows),
+            arrays=len(self.rows) + len(self.views),
+            views=len(self.views),
             hidden_arrays=int(hidden.sum()),
             array_bytes=array_bytes,
             content_size=self.content_size,
@@ -333,6 +382,7 @@ class _Parser:
         check_arrays(url, arrays, shapes, itemsizes, len(name_bytes), content_size)
         names = split_names(url, arrays, name_bytes)
         visible = np.flatnonzero((arrays["flags"] & structs.HIDDEN) == 0).tolist()
+        views = parse_views(url, self._json("VIEW", list), names, arrays["nbytes"])
 
         metadata, array_metadata = self._metadata()
         container = self._json("CONT", dict)
@@ -355,6 +405,8 @@ class _Parser:
             name_bytes=name_bytes,
             names=names,
             rows={names[row]: row for row in visible},
+            views={view.name: view for view, _ in views},
+            bases={view.name: row for view, row in views},
             shapes=shapes,
             dtypes=dtypes,
             metadata=metadata,

@@ -134,7 +134,8 @@ def parse_directory(url: str, index: bytes, index_offset: int) -> dict[str, Sect
         if after.offset < before.offset + before.stored_length:
             raise damaged(url, f"section {after.id}", f"overlaps section {before.id}")
     for section_id, flags in structs.SECTION_FLAGS.items():
-        if flags & structs.REQUIRED and section_id not in sections:
+        needed = flags & structs.REQUIRED and section_id not in structs.MAY_BE_ABSENT
+        if needed and section_id not in sections:
             raise damaged(url, f"section {section_id}", "is missing")
     return {name: section for name, section in sections.items() if name not in unknown}
 

@@ -149,6 +149,7 @@ SECTION_FLAGS: Final = {
     "NAME": REQUIRED,
     "SHAP": REQUIRED,
     "DTYP": REQUIRED,
+    "VIEW": REQUIRED,
     "META": 0,
     "CONT": 0,
     "EXTN": 0,
@@ -157,8 +158,10 @@ SECTION_FLAGS: Final = {
     "TOOL": 0,
     "CDIG": COLD,
 }
+#: Required, so that an old reader refuses them, but only there where there is something to say.
+MAY_BE_ABSENT: Final = frozenset({"VIEW"})
 #: The sections that the digest covers, in its order.
-DIGEST_SECTIONS: Final = ("ARRS", "NAME", "SHAP", "DTYP", "META", "CONT", "EXTN")
+DIGEST_SECTIONS: Final = ("ARRS", "NAME", "SHAP", "DTYP", "META", "CONT", "EXTN", "VIEW")
 DIGEST_PREFIX: Final = b"lazymem content 1\n"
 DIGEST_SIZE: Final = 32
 

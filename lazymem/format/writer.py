@@ -21,11 +21,13 @@ from .. import _native
 from ..dtypes import dtype_to_json, plane_width
 from ..errors import BuildError
 from ..options import BuildOptions, cpu_count
+from ..views import View, problem_of
 from . import layout, structs
 from .encode import ChunkEncoder, EncodedChunk
 from .index import content_digest
 from .origin import Origin
 from .sections import encode_index, encode_json, encode_section
+from .views import views_to_json
 
 _RUN: Final = struct.Struct("<QQQ")
 
@@ -119,6 +121,7 @@ class SnapshotWriter:
         self._names: dict[str, int] = {}
         self._rows: list[tuple[int, int, int, int]] = []  # offset, dtype, ndim, flags
         self._ends: list[int] = []
+        self._views: dict[str, View] = {}
         self._shapes: list[int] = []
         self._dtypes: dict[bytes, int] = {}
         self._dtype_numbers: dict[np.dtype[Any], int] = {}
@@ -183,16 +186,7 @@ class SnapshotWriter:
     def _add_row(
         self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int, flags: int
     ) -> None:
-        if name in self._names:
-            raise BuildError(f"two arrays are called {name!r}; give each its own name")
-        try:
-            length = len(name.encode("utf-8"))
-        except UnicodeEncodeError:
-            raise BuildError(f"array name {name!r} holds lone surrogates; rename the array") from None
-        if length > structs.MAX_NAME:
-            raise BuildError(
-                f"array name {name[:40]!r}... has {length} bytes; {structs.MAX_NAME} is the most"
-            )
+        length = self._check_name(name)
         if len(shape) > structs.MAX_NDIM:
             raise BuildError(f"array {name!r} has {len(shape)} dimensions; {structs.MAX_NDIM} is the most")
         number = self._dtype_numbers.get(dtype)
@@ -206,6 +200,27 @@ class SnapshotWriter:
         self._names[name] = length
         self._rows.append((offset, number, len(shape), flags))
         self._shapes += shape
+
+    def add_view(self, view: View) -> None:
+        """Add a name for bytes of an array that was added before. Raises as `add_array`."""
+        self._check_name(view.name)
+        if view.array not in self._names:
+            raise BuildError(f"{view.name!r} is a view of {view.array!r}, and there is no such array")
+        self._views[view.name] = view
+
+    def _check_name(self, name: str) -> int:
+        """The length of its UTF-8."""
+        if name in self._names or name in self._views:
+            raise BuildError(f"two arrays are called {name!r}; give each its own name")
+        try:
+            length = len(name.encode("utf-8"))
+        except UnicodeEncodeError:
+            raise BuildError(f"array name {name!r} holds lone surrogates; rename the array") from None
+        if length > structs.MAX_NAME:
+            raise BuildError(
+                f"array name {name[:40]!r}... has {length} bytes; {structs.MAX_NAME} is the most"
+            )
+        return length
 
     def _check_complete(self) -> None:
         if self._open_ended:
@@ -332,6 +347,8 @@ class SnapshotWriter:
         self._records.close_run()
 
         raw = self._array_sections()
+        if self._views:
+            raw["VIEW"] = self._view_section()
         raw["META"] = metadata_section(metadata or {}, array_metadata or {})
         if origin is not None:
             raw["CONT"] = encode_json(origin.to_json())
@@ -381,6 +398,16 @@ class SnapshotWriter:
             "SHAP": np.array(self._shapes, "<u8").tobytes(),
             "DTYP": encode_json(self._dtype_json),
         }
+
+    def _view_section(self) -> bytes:
+        sizes = {
+            name: end - row[0] for name, end, row in zip(self._names, self._ends, self._rows, strict=True)
+        }
+        for view in self._views.values():
+            problem = problem_of(view, sizes[view.array])
+            if problem is not None:
+                raise BuildError(f"view {view.name!r} {problem}")
+        return encode_json(views_to_json(self._views.values()))
 
 
 def metadata_section(metadata: Mapping[str, Any], array_metadata: Mapping[str, Mapping[str, Any]]) -> bytes:

@@ -91,7 +91,8 @@ def test_spec_magic_matches_code(key: tuple[str, int], magic: bytes) -> None:
 
 def test_spec_sections_match_code() -> None:
     rows = re.findall(r"^\| ([A-Z]{4}) \| ([a-z, ]+) \|", SPEC, re.M)
-    words = {"yes": structs.REQUIRED, "no": 0, "no, cold": structs.COLD}
+    words = {"yes": structs.REQUIRED, "no": 0, "no, cold": structs.COLD, "where present": structs.REQUIRED}
+    assert {name for name, required in rows if required == "where present"} == structs.MAY_BE_ABSENT
     assert {name: words[required] for name, required in rows} == structs.SECTION_FLAGS
 
 

@@ -140,7 +140,7 @@ def test_digest_is_what_the_specification_says() -> None:
     expected.update(CHUNK.to_bytes(8, "little") + index.content_size.to_bytes(8, "little"))
     for chunk in range(index.chunk_count):
         expected.update(hashlib.sha256(reader.read_chunk(chunk)).digest())
-    for name in ("ARRS", "NAME", "SHAP", "DTYP", "META", "CONT", "EXTN"):
+    for name in ("ARRS", "NAME", "SHAP", "DTYP", "META", "CONT", "EXTN", "VIEW"):
         raw = index.sections.get(name, b"")
         expected.update(len(raw).to_bytes(8, "little") + raw)
     assert index.digest == expected.digest()
