@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from .carried import CarriedFile, CarriedFiles, DirectoryFiles, OriginFiles
 from .catalog import ArrayInfo, Catalog, DirectoryCatalog, IndexCatalog
 from .containers.base import Directory
 from .errors import ArrayNotFound, OptionError, SnapshotChanged
@@ -38,9 +39,10 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
     def __init__(
         self, url: str, catalog: Catalog, region: Region, blobs: tuple[Blob, ...], digest: str | None,
-        reference: Reference,
+        reference: Reference, files: CarriedFiles,
     ) -> None:  # fmt: skip
         self._url = url
+        self._files = files
         self._reference = reference
         self._catalog = catalog
         self._region = region
@@ -191,6 +193,28 @@ class Snapshot(Mapping[str, NDArray[Any]]):
         data = np.empty(info.nbytes, np.uint8)
         self._region.read_into(info.offset, data)
         return _shape(info, data)
+
+    @property
+    def files(self) -> Mapping[str, CarriedFile]:
+        """The files that the snapshot was built from (a model's configuration, tokenizer, weights ...), by
+        name; for a container read in place its own, and all in a model's folder, which is listed now."""
+        return self._files.list()
+
+    def read_file(self, name: str) -> bytes:
+        """The bytes of one of `files`, of at most 256 MiB, checked by its SHA-256 where that is known.
+
+        Blocks. Of a snapshot only the chunks that hold the file are read; of a folder opened in place the
+        file is opened now. Raises `SnapshotNotFound` (no such file), `UnsupportedFormat` (too large, or
+        one whose bytes would have to be compressed again), `SnapshotClosed`, and what `read` raises.
+        """
+        self._region.root()  # raises if it is closed
+        return self._files.read(name, self._read_content)
+
+    def _read_content(self, offset: int, length: int) -> bytes:
+        self._region.prefetch(self._region.spans(offset, length), wait=True)
+        data = np.empty(length, np.uint8)
+        self._region.read_into(offset, data)
+        return data.tobytes()
 
     def handle(self, name: str) -> ArrayHandle:
         """A small picklable stand-in for an array, for workers in other processes. Raises `ArrayNotFound`."""
@@ -438,7 +462,7 @@ def open(
     store = StoreOptions.from_environment(storage_options, cache=cache)
     location = location_of(source)
     with contextlib.ExitStack() as stack:
-        url, catalog, blobs, digest = _load(location, options, store, as_format, stack)
+        url, catalog, blobs, digest, files = _load(location, options, store, as_format, stack)
         region = Region.open(url, catalog, blobs, options)
         stack.pop_all()
     public = store.public()
@@ -453,20 +477,22 @@ def open(
         tuple(_identity_of(blob, digest) for blob in blobs),
         {name: value for name, value in keywords.items() if value is not None},
     )
-    return Snapshot(url, catalog, region, blobs, digest, reference)
+    return Snapshot(url, catalog, region, blobs, digest, reference, files)
 
 
 def _load(
     location: str, options: OpenOptions, store: StoreOptions, as_format: str | None,
     stack: contextlib.ExitStack,
-) -> tuple[str, Catalog, tuple[Blob, ...], str | None]:  # fmt: skip
-    found = recognize(location, LocationOpener(store), as_format=as_format)
+) -> tuple[str, Catalog, tuple[Blob, ...], str | None, CarriedFiles]:  # fmt: skip
+    opener = LocationOpener(store)
+    found = recognize(location, opener, as_format=as_format)
     stack.callback(found.close)
     if isinstance(found, Directory):
         catalog = DirectoryCatalog(found, options.chunk_size)
-        return locations.display(location), catalog, tuple(found.files), None
+        url = locations.display(location)
+        return url, catalog, tuple(found.files), None, DirectoryFiles(url, found, opener)
     index = load_index(found)
-    return found.url, IndexCatalog(index), (found,), index.digest.hex()
+    return found.url, IndexCatalog(index), (found,), index.digest.hex(), OriginFiles(index)
 
 
 def open_array(source: StrPath, name: str | None = None, **options: Any) -> NDArray[Any]:

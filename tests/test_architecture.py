@@ -25,16 +25,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "format": {"store", "errors", "dtypes", "options", "_native"},
     "recognizer": {"format", "containers", "store", "errors"},
     "catalog": {"format", "containers", "store", "errors", "dtypes", "_native"},
+    "carried": {"format", "containers", "store", "errors"},
     "region": {"catalog", "fetcher", "store", "errors", "options", "_native"},
-    "snapshot": {"region", "catalog", "recognizer", "opener", "format", "containers", "store", "errors",
-                 "options"},
+    "snapshot": {"region", "catalog", "carried", "recognizer", "opener", "format", "containers", "store",
+                 "errors", "options"},
     "destination": {"format", "opener", "store", "errors", "options"},
     "builder": {"recognizer", "destination", "opener", "format", "containers", "store", "errors", "options",
                 "dtypes"},
     "verifier": {"opener", "format", "containers", "store", "errors", "options", "_native"},
     "extractor": {"recognizer", "opener", "format", "containers", "store", "errors", "options", "dtypes"},
     "copier": {"destination", "opener", "format", "store", "errors", "options"},
-    "summary": {"recognizer", "catalog", "opener", "format", "containers", "store", "errors", "options"},
+    "summary": {"recognizer", "catalog", "carried", "opener", "format", "containers", "store", "errors",
+                "options"},
 }
 # fmt: on
 # What stands above all of them may import any of them; nothing below may import these.
