@@ -90,9 +90,9 @@ class Summary:
 
     arrays: visible ones. hidden_arrays: bytes of the original file that are in no array, as its header.
     content_bytes: of the memory that shows a snapshot; it, chunks, digest, created_by and container are
-    None for containers. files: of a container; a snapshot is one file. other_files: names of what lies in
-    the folder of a model beside them; of a remote one, whose listing would cost requests, only the index. compressed_arrays: those of a container that keep it from being read
-    in place.
+    None for containers. files: of a container; a snapshot is one file. other_files: names of what lies
+    beside them in a model's folder; of a remote one, whose listing would cost requests, only the index.
+    compressed_arrays: those of a container that keep it from being read in place.
     """
 
     url: str
