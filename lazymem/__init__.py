@@ -7,6 +7,7 @@
 """
 
 from .builder import BuildReport, build
+from .carried import CarriedFile
 from .catalog import ArrayInfo
 from .copier import CopyReport, copy
 from .errors import (
@@ -39,6 +40,7 @@ __all__ = [
     "BackendUnavailable",
     "BuildError",
     "BuildReport",
+    "CarriedFile",
     "ChunkCorrupt",
     "CopyReport",
     "FormatError",

@@ -41,9 +41,9 @@ TARGETS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`length` bytes of an array of the catalog below, from its byte `offset` on."""
+    """`length` bytes of an array of the catalog below (None: of all its content), from byte `offset` on."""
 
-    array: str
+    array: str | None
     offset: int
     length: int
 
@@ -106,7 +106,7 @@ def cast_recipes(catalog: Catalog, to: np.dtype[Any]) -> list[Recipe]:
 def as_recipe(info: ArrayInfo, to: np.dtype[Any]) -> Recipe:
     """The array, as `to` if its numbers can be cast to it, else as it is."""
     dtype = to if can_cast(info.dtype, to) else info.dtype
-    strides = getattr(info, "strides", None)
+    strides = info.strides
     if strides is not None and dtype != info.dtype:
         if any(stride % info.dtype.itemsize for stride in strides):
             raise UnsupportedDtype(
@@ -120,10 +120,10 @@ def as_recipe(info: ArrayInfo, to: np.dtype[Any]) -> Recipe:
 
 
 class ComposedCatalog:
-    """The arrays that recipes make of another catalog's. Raises `UnsupportedDtype` for an impossible cast."""
+    """The arrays that recipes make of those of `stock`. Raises `UnsupportedDtype` for an impossible cast."""
 
     def __init__(self, stock: Catalog, recipes: Iterable[Recipe]) -> None:
-        self._stock = stock
+        self.stock = stock
         self._recipes = {recipe.name: recipe for recipe in recipes}
         self._offsets: dict[str, int] = {}
         layout = stock.layout([])
@@ -140,7 +140,7 @@ class ComposedCatalog:
         rows: list[tuple[int, int, int, int]] = []
         shared: dict[tuple[Any, ...], int] = {}  # tied weights stay one
         cursor = 0
-        starts = {name: self._stock.info(name).offset for name in self._sources()}
+        starts = {name: self.stock.info(name).offset if name is not None else 0 for name in self._sources()}
         # In the order of the stock, so that what is small shares chunks as it does there.
         order = sorted(
             self._recipes.values(),
@@ -171,14 +171,14 @@ class ComposedCatalog:
             strips["to"], strips["from"], strips["length"], strips["cast"] = zip(*rows, strict=True)
         return strips
 
-    def _sources(self) -> set[str]:
+    def _sources(self) -> set[str | None]:
         return {part.array for recipe in self._recipes.values() for part in recipe.parts}
 
     # ---- Catalog ----
 
     @property
     def format(self) -> str:
-        return self._stock.format
+        return self.stock.format
 
     @property
     def names(self) -> Collection[str]:
@@ -186,16 +186,17 @@ class ComposedCatalog:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        return self._stock.metadata
+        return self.stock.metadata
 
     def info(self, name: str) -> ArrayInfo:
         recipe = self._recipes[name]
         own: Mapping[str, Any] = {}
         if len(recipe.parts) == 1 and recipe.parts[0].array == name and recipe.source == recipe.dtype:
-            own = self._stock.info(name).metadata
+            own = self.stock.info(name).metadata
         return ArrayInfo(
-            name, recipe.dtype, recipe.shape, recipe.order, recipe.nbytes, self._offsets[name], own
-        )
+            name, recipe.dtype, recipe.shape, recipe.order, recipe.nbytes, self._offsets[name], own,
+            recipe.strides,
+        )  # fmt: skip
 
     def _sorted(self) -> list[Recipe]:
         """Those with bytes, by offset; of several that share them the first."""
@@ -224,7 +225,7 @@ class ComposedCatalog:
         )
 
     def layout(self, fds: Sequence[int]) -> Layout:
-        stock = self._stock.layout(fds)
+        stock = self.stock.layout(fds)
         return Layout(
             self._content_size, self._chunk_size, self._runs(), stock.records, None, self._strips, stock
         )

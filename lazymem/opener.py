@@ -30,12 +30,18 @@ class LocationOpener:
             return os.path.isdir(locations.local_path(location))
         return location.endswith("/")
 
-    def list(self, folder: str) -> list[str]:
+    def entries(self, folder: str) -> list[str]:
         if locations.scheme_of(folder) is None:
-            return sorted(entry.name for entry in os.scandir(locations.local_path(folder)) if entry.is_file())
+            with os.scandir(locations.local_path(folder)) as found:
+                # A link to a folder could lead anywhere, round in circles too; files of a cache are links.
+                return sorted(
+                    entry.name + ("/" if entry.is_dir() else "")
+                    for entry in found
+                    if entry.is_dir(follow_symlinks=False) or entry.is_file()
+                )
         from .store.remote import store_for
 
-        return [name for name in store_for(folder, self.options).list(folder) if not name.endswith("/")]
+        return list(store_for(folder, self.options).list(folder))
 
     def join(self, folder: str, name: str) -> str:
         return locations.join(folder, name)

@@ -9,16 +9,19 @@ from .format.reader import has_head_magic, has_tail_magic, refuse_suffix
 from .store.base import Blob, Opener
 
 
-def recognize(location: str, opener: Opener, *, as_format: str | None = None) -> Blob | Directory:
+def recognize(
+    location: str, opener: Opener, *, as_format: str | None = None, whole: bool = False
+) -> Blob | Directory:
     """The blob of a snapshot, or the directory of anything else; the caller closes it.
 
-    as_format: take it for that container instead of finding out. A remote snapshot costs one request here,
+    as_format: take it for that container instead of finding out. whole: of a folder, open all files that
+    belong to the model. A remote snapshot costs one request here,
     a container two: its last bytes, which come with opening, and its first, which all that look share.
     Raises `SnapshotNotFound`, `AccessDenied`, `FormatError`, `UnsupportedFormat`, `ReadError`,
     `OptionError`.
     """
     if as_format is not None or is_sharded(location, opener):
-        return open_container(location, opener, as_format=as_format)
+        return open_container(location, opener, as_format=as_format, whole=whole)
     blob = opener.open(location)
     try:
         if has_tail_magic(blob):

@@ -330,6 +330,12 @@ class Region:
             done, cursor = self._native.wait(first, count, cursor, _WAIT_MS)
             yield min(cursor - first, count)
 
+    def evict(self, spans: Sequence[Span]) -> None:
+        """Give the memory of chunks back; touched again they are populated again, without what was written."""
+        with self._errors():
+            for first, count in spans:
+                self._native.evict(first, count)
+
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         """Copy bytes out of the region, without holding the GIL; populate the range first."""
         with self._errors():

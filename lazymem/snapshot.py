@@ -14,8 +14,9 @@ from typing import Any, Final, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from .carried import CarriedFile, CarriedFiles, DirectoryFiles, OriginFiles
 from .catalog import ArrayInfo, Catalog, DirectoryCatalog, IndexCatalog
-from .composition import ComposedCatalog, Recipe, cast_recipes, float_dtype
+from .composition import ComposedCatalog, Part, Recipe, cast_recipes, float_dtype
 from .containers.base import Directory
 from .errors import ArrayNotFound, OptionError, OutOfMemory, SnapshotChanged
 from .format.reader import load_index
@@ -42,9 +43,10 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
     def __init__(
         self, url: str, catalog: Catalog, region: Region, blobs: SharedBlobs, digest: str | None,
-        reference: Reference | None, options: OpenOptions,
+        reference: Reference | None, files: CarriedFiles, options: OpenOptions,
     ) -> None:  # fmt: skip
         self._url = url
+        self._files = files
         self._reference = reference
         self._catalog = catalog
         self._region = region
@@ -224,6 +226,33 @@ class Snapshot(Mapping[str, NDArray[Any]]):
                 "copy of all; use the array itself"
             ) from error
 
+    @property
+    def files(self) -> Mapping[str, CarriedFile]:
+        """The files that the snapshot was built from (a model's configuration, tokenizer, weights ...), by
+        name; for a container read in place its own, and all in a model's folder, which is listed now."""
+        return self._files.list()
+
+    def read_file(self, name: str) -> bytes:
+        """The bytes of one of `files`, of at most 256 MiB, checked by its SHA-256 where that is known.
+
+        Blocks. Of a snapshot only the chunks that hold the file are read; of a folder opened in place the
+        file is opened now. Raises `SnapshotNotFound` (no such file), `UnsupportedFormat` (too large, or
+        one whose bytes would have to be compressed again), `SnapshotClosed`, and what `read` raises.
+        """
+        self._region.root()  # raises if it is closed
+        return self._files.read(name, self._read_content)
+
+    def _read_content(self, offset: int, length: int) -> bytes:
+        if isinstance(self._catalog, ComposedCatalog):  # which shows it otherwise, or not at all
+            kind, part = np.dtype(np.uint8), Part(None, offset, length)
+            recipe = Recipe("file", kind, kind, (length,), (part,) if length else ())
+            with self._compose(self._catalog.stock, [recipe], "r") as content:
+                return content.read("file").tobytes()
+        self._region.prefetch(self._region.spans(offset, length), wait=True)
+        data = np.empty(length, np.uint8)
+        self._region.read_into(offset, data)
+        return data.tobytes()
+
     def handle(self, name: str) -> ArrayHandle:
         """A small picklable stand-in for an array, for workers in other processes. Raises `ArrayNotFound`."""
         info = self.info(name)
@@ -253,17 +282,21 @@ class Snapshot(Mapping[str, NDArray[Any]]):
             )
         wanted = list(recipes)
         for name in {part.array for recipe in wanted for part in recipe.parts}:
-            self.info(name)
+            if name is not None:
+                self.info(name)
+        return self._compose(self._catalog, wanted, mode or self.mode)
+
+    def _compose(self, stock: Catalog, recipes: Iterable[Recipe], mode: str) -> Snapshot:
         backend = "auto" if self._options.backend == "map" else self._options.backend
-        options = replace(self._options, mode=mode or self.mode, backend=backend)
-        catalog = ComposedCatalog(self._catalog, wanted)
+        options = replace(self._options, mode=mode, backend=backend)
+        catalog = ComposedCatalog(stock, recipes)
         blobs = self._blobs.share()
         try:
             region = Region.open(self._url, catalog, blobs, options)
         except BaseException:
             blobs.close()
             raise
-        return Snapshot(self._url, catalog, region, blobs, self._digest, None, options)
+        return Snapshot(self._url, catalog, region, blobs, self._digest, None, self._files, options)
 
     # ---- look ----
 
@@ -540,7 +573,7 @@ def open(
     location = location_of(source)
     with contextlib.ExitStack() as stack:
         target = None if dtype is None else float_dtype(dtype)
-        url, catalog, blobs, digest = _load(location, options, store, as_format, stack)
+        url, catalog, blobs, digest, files = _load(location, options, store, as_format, stack)
         if target is not None and any(catalog.info(name).dtype != target for name in catalog.names):
             catalog = ComposedCatalog(catalog, cast_recipes(catalog, target))
         region = Region.open(url, catalog, blobs, options)
@@ -558,20 +591,22 @@ def open(
         tuple(_identity_of(blob, digest) for blob in blobs),
         {name: value for name, value in keywords.items() if value is not None},
     )
-    return Snapshot(url, catalog, region, SharedBlobs(blobs), digest, reference, options)
+    return Snapshot(url, catalog, region, SharedBlobs(blobs), digest, reference, files, options)
 
 
 def _load(
     location: str, options: OpenOptions, store: StoreOptions, as_format: str | None,
     stack: contextlib.ExitStack,
-) -> tuple[str, Catalog, tuple[Blob, ...], str | None]:  # fmt: skip
-    found = recognize(location, LocationOpener(store), as_format=as_format)
+) -> tuple[str, Catalog, tuple[Blob, ...], str | None, CarriedFiles]:  # fmt: skip
+    opener = LocationOpener(store)
+    found = recognize(location, opener, as_format=as_format)
     stack.callback(found.close)
     if isinstance(found, Directory):
         catalog = DirectoryCatalog(found, options.chunk_size)
-        return locations.display(location), catalog, tuple(found.files), None
+        url = locations.display(location)
+        return url, catalog, tuple(found.files), None, DirectoryFiles(url, found, opener)
     index = load_index(found)
-    return found.url, IndexCatalog(index), (found,), index.digest.hex()
+    return found.url, IndexCatalog(index), (found,), index.digest.hex(), OriginFiles(index)
 
 
 def open_array(source: StrPath, name: str | None = None, **options: Any) -> NDArray[Any]:

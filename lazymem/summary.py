@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from .carried import DirectoryFiles
 from .catalog import IndexCatalog
 from .containers.base import Directory
+from .errors import FormatError
 from .format.index import SnapshotIndex
 from .format.reader import load_index
 from .opener import LocationOpener, location_of
@@ -94,8 +96,9 @@ class Summary:
     arrays: visible ones, of which `views` have no bytes of their own. hidden_arrays: bytes of the original
     file that are in no array, as its header.
     content_bytes: of the memory that shows a snapshot; it, chunks, digest, created_by and container are
-    None for containers. files: of a container; a snapshot is one file. compressed_arrays: those of a
-    container that keep it from being read in place.
+    None for containers. files: of a container; a snapshot is one file. other_files: names of what lies
+    beside them in a model's folder; of a remote one, whose listing would cost requests, only the index.
+    compressed_arrays: those of a container that keep it from being read in place.
     """
 
     url: str
@@ -114,13 +117,11 @@ class Summary:
     files: tuple[SourceFile, ...]
     metadata: Mapping[str, Any]
     array_metadata: Mapping[str, Mapping[str, Any]]
+    other_files: tuple[str, ...] = ()
 
 
 @contextmanager
-def _opened(
-    location: str, storage_options: Mapping[str, Any] | None, cache: Cache
-) -> Iterator[SnapshotIndex | Directory]:
-    opener = LocationOpener(StoreOptions.from_environment(storage_options, cache=cache))
+def _opened(location: str, opener: LocationOpener) -> Iterator[SnapshotIndex | Directory]:
     with closing(recognize(location, opener)) as found:
         yield found if isinstance(found, Directory) else load_index(found)
 
@@ -133,7 +134,8 @@ def list_arrays(
     source: a path or URL. storage_options, cache: as for `open`. Raises `SnapshotNotFound`,
     `AccessDenied`, `FormatError`, `UnsupportedFormat`, `ReadError`, `OptionError`.
     """
-    with _opened(location_of(source), storage_options, cache) as found:
+    opener = LocationOpener(StoreOptions.from_environment(storage_options, cache=cache))
+    with _opened(location_of(source), opener) as found:
         return _of_directory(found) if isinstance(found, Directory) else _of_index(found)
 
 
@@ -204,9 +206,10 @@ def summarize(
 ) -> Summary:
     """A snapshot or a container as a whole. Takes and raises what `list_arrays` does."""
     location = location_of(source)
-    with _opened(location, storage_options, cache) as found:
+    opener = LocationOpener(StoreOptions.from_environment(storage_options, cache=cache))
+    with _opened(location, opener) as found:
         if isinstance(found, Directory):
-            return _summarize_directory(locations.display(location), found)
+            return _summarize_directory(locations.display(location), found, opener)
         return _summarize_index(found)
 
 
@@ -249,7 +252,12 @@ def _summarize_index(index: SnapshotIndex) -> Summary:
     )
 
 
-def _summarize_directory(url: str, directory: Directory) -> Summary:
+def _summarize_directory(url: str, directory: Directory, opener: LocationOpener) -> Summary:
+    others = tuple(directory.extra_files)
+    if directory.folder is not None and locations.scheme_of(directory.folder) is None:
+        with suppress(FormatError):  # a folder with more than a model's files
+            listed = DirectoryFiles(url, directory, opener).list()
+            others = tuple(name for name in listed if name not in directory.file_names)
     files = tuple(
         SourceFile(name, blob.size, None)
         for name, blob in zip(directory.file_names, directory.files, strict=True)
@@ -274,4 +282,5 @@ def _summarize_directory(url: str, directory: Directory) -> Summary:
             **{entry.name: entry.metadata for entry in directory.arrays if entry.metadata},
             **{view.name: view.metadata for view in directory.views if view.metadata},
         },
+        other_files=others,
     )

@@ -26,12 +26,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "format": {"store", "errors", "dtypes", "views", "options", "_native"},
     "recognizer": {"format", "containers", "store", "errors"},
     "catalog": {"format", "containers", "store", "errors", "dtypes", "views", "_native"},
+    "carried": {"format", "containers", "store", "errors"},
     "order": set(),
     "progress": set(),
     "composition": {"catalog", "format", "errors", "dtypes", "_native"},
     "region": {"catalog", "fetcher", "store", "errors", "options", "_native"},
-    "snapshot": {"order", "progress", "region", "composition", "catalog", "recognizer", "opener", "format",
-                 "containers", "store", "errors", "options", "views"},
+    "snapshot": {"order", "progress", "region", "composition", "catalog", "carried", "recognizer", "opener",
+                 "format", "containers", "store", "errors", "options", "views"},
     "destination": {"format", "opener", "store", "errors", "options"},
     "builder": {"recognizer", "destination", "opener", "format", "containers", "store", "errors", "options",
                 "dtypes", "views"},
@@ -41,7 +42,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "copier": {"destination", "opener", "format", "store", "errors", "options"},
     "torch": {"dtypes", "errors"},
     "safetensors": {"torch", "snapshot", "catalog", "containers", "options", "errors"},
-    "summary": {"recognizer", "catalog", "opener", "format", "containers", "store", "errors", "options"},
+    "summary": {"recognizer", "catalog", "carried", "opener", "format", "containers", "store", "errors",
+                "options"},
 }
 # fmt: on
 # What stands above all of them may import any of them; nothing below may import these.

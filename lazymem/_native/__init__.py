@@ -461,6 +461,10 @@ class NativeRegion:
             raise NativeError(code, failed, "" if failed is None else self._error_text(failed))
         return bool(code), int(position[0])
 
+    def evict(self, first: int, count: int) -> None:
+        """Give the pages of chunks back; touched again they are populated again."""
+        _check(lib.lm_region_evict(self._handle, first, count))
+
     def _error_text(self, chunk: int) -> str:
         out = ffi.new("char[]", 512)
         if lib.lm_region_error_text(self._handle, chunk, out, len(out)) < 0:

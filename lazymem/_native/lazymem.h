@@ -334,6 +334,9 @@ int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeou
                    uint64_t *cursor, uint64_t *ret_chunk);
 /* What is known of the last failure of a chunk beyond its code: a sentence of the store's, or "". */
 int lm_region_error_text(lm_region *region, uint64_t chunk, char *out, size_t length);
+/* Give the pages of populated chunks back; a later touch populates them again. What was written to them in
+ * mode "c" is lost. */
+int lm_region_evict(lm_region *region, uint64_t first, uint64_t count);
 /* memcpy out of the region; the caller has populated the range. */
 int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length);
 

@@ -730,6 +730,40 @@ int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeou
     return leave(region, result);
 }
 
+static void evict_chunk(struct lm_region *region, uint64_t chunk)
+{
+    size_t size = (size_t)1 << region->table.chunk_shift;
+    unsigned char *at = region->base + (chunk << region->table.chunk_shift);
+
+    if (lm_table_record(&region->table, chunk) == NULL || !lm_table_evict(&region->table, chunk))
+        return;
+    (void)lm_sys_advise(at, size, MADV_DONTNEED);
+    lm_table_publish(&region->table, chunk, LM_STATE_ABSENT);
+    /* Whoever touched it meanwhile was told to wait for its owner. */
+    (void)lm_uffd_wake(lm_engine.uffds[region->uffd].fd, (uintptr_t)at, size);
+}
+
+int lm_region_evict(lm_region *region, uint64_t first, uint64_t count)
+{
+    uint64_t chunks = lm_region_chunk_count(region), start, i;
+    int error;
+
+    if (first > chunks || count > chunks - first)
+        return -EINVAL;
+    error = enter(region);
+    if (error < 0 || region->backend == LM_BACKEND_EAGER || count == 0)
+        return error < 0 ? error : leave(region, 0);
+    if (region->backend == LM_BACKEND_MAP) {
+        start = first * LM_MAP_CHUNK;
+        i = (first + count) * LM_MAP_CHUNK;
+        return leave(region, lm_sys_advise(region->base + start, (i < region->size ? i : region->size) - start,
+                                           MADV_DONTNEED));
+    }
+    for (i = first; i < first + count; i++)
+        evict_chunk(region, i);
+    return leave(region, 0);
+}
+
 int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length)
 {
     int error;

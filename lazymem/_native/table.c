@@ -185,6 +185,13 @@ bool lm_table_reclaim(struct lm_table *table, uint64_t chunk)
                                           LM_STATE_LOADING | LM_TABLE_WANTED);
 }
 
+bool lm_table_evict(struct lm_table *table, uint64_t chunk)
+{
+    uint8_t state = LM_STATE_PRESENT;
+
+    return atomic_compare_exchange_strong(&table->states[chunk], &state, LM_STATE_LOADING);
+}
+
 void lm_table_abandon(struct lm_table *table)
 {
     uint64_t chunk;

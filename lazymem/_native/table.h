@@ -11,6 +11,7 @@
  *   FAILED, POISONED --reset (asked for again)--> ABSENT
  *   LOADING --abandon, in the child of a fork, whose loader does not exist--> ABSENT
  *   PRESENT --reclaim: a page was given back, and the bytes are not at hand--> LOADING|WANTED
+ *   PRESENT --evict: its pages are about to be given back--> LOADING
  *   PRESENT --condemn: a page was given back and cannot be had again--> POISONED
  *
  * Exactly one thread owns a chunk in LOADING. The table takes no lock and makes no system call.
@@ -67,6 +68,8 @@ bool lm_table_fail(struct lm_table *table, uint64_t chunk);
 bool lm_table_condemn(struct lm_table *table, uint64_t chunk);
 /* PRESENT -> LOADING|WANTED. False if it was not present. */
 bool lm_table_reclaim(struct lm_table *table, uint64_t chunk);
+/* PRESENT -> LOADING: the caller gives the pages back and publishes ABSENT. False if it was not present. */
+bool lm_table_evict(struct lm_table *table, uint64_t chunk);
 /* Every chunk that is LOADING -> ABSENT. Nothing else may run. */
 void lm_table_abandon(struct lm_table *table);
 /* FAILED or POISONED -> ABSENT. */

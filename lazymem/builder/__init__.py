@@ -43,6 +43,7 @@ class BuildReport:
     source_bytes: of what went in.
     chunks: all of them; zero_chunks take no bytes, raw_chunks did not shrink. digest: hexadecimal.
     exact: `extract` gives back the very files that went in, or none did; else reason says why not.
+    left_out: files of a model folder that were not taken, because they hold the same weights once more.
     """
 
     path: str
@@ -57,6 +58,7 @@ class BuildReport:
     exact: bool
     reason: str | None
     seconds: float
+    left_out: tuple[str, ...] = ()
 
 
 def build(
@@ -77,9 +79,11 @@ def build(
     """Build the snapshot `destination`, a path or URL, from `source`, and say what was built.
 
     source: a mapping of names to arrays, of which those that lie in the memory of an earlier one take no
-        bytes again; the path or URL of a container (.npy, .npz, .safetensors, .pt, a folder or index of
-        shards), of a snapshot, or of any other file, whose bytes become the array "data"; a list of such;
-        a binary file object; or "-" for standard input.
+        bytes again; the path or URL of a container (.npy, .npz, .safetensors, .pt, an index of shards), of a
+        snapshot, or of any other file, whose bytes become the array "data"; of a model folder, all of which
+        goes in (weights, configuration, tokenizer ...), but not hidden files nor the same weights in further
+        formats; a list of such, folders then for their weights only; a binary file object; or "-" for
+        standard input.
     codec, level, chunk_size, planes, threads: see `BuildOptions`.
     metadata, array_metadata: JSON, kept with what the source says, over which they win.
     overwrite: whether to replace an existing destination: None, if it is a snapshot or empty; True,
@@ -140,6 +144,7 @@ def build(
         exact=exact,
         reason=reason,
         seconds=time.monotonic() - started,
+        left_out=opened.left_out if isinstance(opened, ContainerSource) else (),
     )
 
 
@@ -211,7 +216,7 @@ def _open_source(source: BuildSource, opener: Opener) -> Source:
 def _open_location(location: str, opener: Opener) -> Source:
     if _is_stream(location):
         return StreamSource(open(location, "rb"), file_name="data", close=True)
-    found = recognize(location, opener)
+    found = recognize(location, opener, whole=True)
     if isinstance(found, Directory):
         return ContainerSource(found)
     try:

@@ -45,6 +45,7 @@ class ContainerSource:
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self.metadata = directory.metadata
+        self.left_out = tuple(directory.left_out)
         self.source_bytes = sum(blob.size for blob in directory.files)
         self.source_bytes += sum(map(len, directory.extra_files.values()))
         deflated = [entry for entry in directory.arrays if entry.compression]

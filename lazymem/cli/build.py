@@ -13,6 +13,7 @@ from ..options import CODECS
 from .stores import KeyValue, overwrite_option, storage_option
 from .text import count, human_bytes, human_seconds, place, plain, progress
 
+_MAX_LEFT_OUT = 20
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -77,8 +78,9 @@ def build(
 ) -> None:
     """Build the snapshot DST from SRC.
 
-    SRC is a .safetensors, .npy or .npz file, a folder of safetensors shards, another snapshot, any
-    other file (its bytes become the array "data"), or - for standard input. Several SRC are put into
+    SRC is a .safetensors, .npy or .npz file, a model folder, another snapshot, any other file (its bytes
+    become the array "data"), or - for standard input. Of a model folder everything goes in: weights,
+    configuration, tokenizer; not the same weights in further formats. Several SRC are put into
     one snapshot. SRC and DST may be URLs (s3://bucket/key; SRC also http and https). DST appears when it
     is whole and synced, or uploaded in full; until then nothing stands under its name, and an upload
     that is interrupted leaves no parts. Memory stays bounded whatever the size of SRC.
@@ -87,6 +89,7 @@ def build(
     Examples:
       lazymem build model.safetensors model.lzm
       lazymem build --codec lz4 --chunk-size 64K weights.npz weights.lzm
+      lazymem build all-MiniLM-L6-v2/ model.lzm
       lazymem build --metadata run=42 --metadata by=me shards/ model.lzm
       lazymem build s3://bucket/model.safetensors s3://bucket/model.lzm
       zcat memory.img.gz | lazymem build - memory.lzm
@@ -115,6 +118,11 @@ def build(
             f"{plain(result.reason or 'no reason is recorded')}",
             err=True,
         )
+    if not quiet and result.left_out:
+        shown = ", ".join(plain(name) for name in result.left_out[:_MAX_LEFT_OUT])
+        more = len(result.left_out) - _MAX_LEFT_OUT
+        rest = f" and {more} more" if more > 0 else ""
+        click.echo(f"lazymem: note: left out, as weights in another format: {shown}{rest}", err=True)
     if not quiet and sys.stdout.isatty():
         ratio = result.source_bytes / result.file_bytes
         click.echo(

@@ -97,6 +97,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         lines.append(("", f"{plain(file.name)}, {human_bytes(file.size)}"))
         if file.sha256:
             lines.append(("  SHA-256", file.sha256))
+    lines += [("", plain(name)) for name in summary.other_files]
     for key, value in summary.metadata.items():
         text = plain(value if isinstance(value, str) else json.dumps(value))
         if len(text) > _MAX_VALUE:

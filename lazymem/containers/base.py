@@ -61,13 +61,15 @@ class ArrayEntry(NamedTuple):
 class Directory:
     """All arrays of one container, sorted by (file, offset).
 
-    format: "raw", "npy", "npz", "safetensors", "safetensors-sharded" or "torch".
-    files: the blobs, in the order that ArrayEntry.file counts.
+    format: "raw", "npy", "npz", "safetensors", "torch" or, of shards, "safetensors-sharded".
+    files: the blobs, in the order that ArrayEntry.file counts; some may hold no array.
     file_names: for each, its name relative to the container (what `extract` writes).
     metadata: the container's own user metadata (safetensors' __metadata__), JSON-able.
     extra_files: further files that belong to the container byte for byte, such as
         model.safetensors.index.json: name -> content.
     views: more arrays, whose bytes are those of `arrays`. All names, of both, are different.
+    folder: the location of the folder that the files lie in, where that is the model; else None.
+    left_out: what lies in the folder and was not taken although the whole folder was asked for.
     """
 
     format: str
@@ -77,6 +79,8 @@ class Directory:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     extra_files: Mapping[str, bytes] = field(default_factory=dict)
     views: Sequence[View] = ()
+    folder: str | None = None
+    left_out: Sequence[str] = ()
 
     @property
     def names(self) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Final
 from ..errors import FormatError, OptionError
 from ..store import locations
 from ..store.base import Blob, Opener
-from . import npy, npz, raw, safetensors, zipped
+from . import folder, npy, npz, raw, safetensors, zipped
 from .base import Directory, read_head, unsupported
 
 FORMATS: Final = ("raw", "npy", "npz", "safetensors", "safetensors-sharded")
@@ -23,24 +23,32 @@ _TORCH_LEGACY: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 def is_sharded(location: str, opener: Opener) -> bool:
     """Whether `location` is a folder or an index of shards, so that it is no one file to look into."""
-    return opener.is_folder(location) or locations.name_of(location).endswith(safetensors.INDEX_SUFFIX)
+    return opener.is_folder(location) or folder.is_index(location)
 
 
-def open_container(location: str, opener: Opener, *, as_format: str | None = None) -> Directory:
+def open_container(
+    location: str, opener: Opener, *, as_format: str | None = None, whole: bool = False
+) -> Directory:
     """Open `location`, a file or a folder, and read what arrays it holds.
 
     as_format: one of `FORMATS`, to take the file for that instead of finding out.
+    whole: open all files of a folder that belong to its model, those without arrays too.
     The caller closes the directory. Raises `FormatError`, `UnsupportedFormat`, `ReadError`,
     `SnapshotNotFound`, `AccessDenied`.
     """
     if as_format is not None and as_format not in FORMATS:
         raise OptionError(f"the format is {as_format!r}; it must be one of {', '.join(FORMATS)}")
     if as_format in (None, "safetensors", "safetensors-sharded") and is_sharded(location, opener):
-        read = safetensors.read_folder if opener.is_folder(location) else safetensors.read_index
-        return read(location, opener)
+
+        def read(blob: Blob, head: bytes) -> Directory:
+            return read_container(blob, head, as_format and "safetensors")
+
+        if opener.is_folder(location):
+            return folder.read_folder(location, opener, read, whole=whole)
+        return folder.read_index(location, opener, read)
     if as_format == "safetensors-sharded":
         shown = locations.display(location)
-        raise OptionError(f"{shown}: is no folder and no *{safetensors.INDEX_SUFFIX}; name one or the other")
+        raise OptionError(f"{shown}: is no folder and no *{folder.INDEX_SUFFIXES[0]}; name one or the other")
     blob = opener.open(location)
     try:
         return raw.read_raw(blob) if as_format == "raw" else read_container(blob, read_head(blob), as_format)

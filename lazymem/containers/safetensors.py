@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""safetensors files, alone or as the shards of a model.
+"""safetensors files.
 
 A file is 8 bytes of header length, a JSON header, and a buffer that the tensors cover without hole
 or overlap (https://github.com/huggingface/safetensors, "Format"). The rules here are those that the
@@ -13,26 +13,22 @@ bytes. `ArrayEntry.metadata` keeps the tensor's own "dtype" and "shape".
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NoReturn
 
 import ml_dtypes
 import numpy as np
 
-from ..errors import AccessDenied, BuildError, FormatError, LazymemError, SnapshotNotFound
+from ..errors import BuildError
 from ..store import locations
-from ..store.base import Blob, Opener
-from .base import ArrayEntry, Directory, array_size, damaged, read_head, unsupported
+from ..store.base import Blob
+from .base import ArrayEntry, Directory, array_size, damaged, unsupported
+from .strict_json import load_json
 
 SUFFIX: Final = ".safetensors"
-INDEX_SUFFIX: Final = ".safetensors.index.json"
 MAX_HEADER: Final = 100_000_000  # the package's limit
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
@@ -62,9 +58,6 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 PACKED_BITS: Final = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
-_KEY_END: Final = re.compile(r'"[ \t\n\r]*:')
-#: Shards of a remote model: each costs a round trip or two.
-_OPENED_AT_ONCE: Final = 16
 _UINT8: Final = np.dtype(np.uint8)
 _HEADER: Final = "the header"
 
@@ -77,70 +70,8 @@ def looks_like(head: bytes, size: int) -> bool:
 
 def read_safetensors(blob: Blob, head: bytes) -> Directory:
     """The directory of one safetensors file. head: as `read_head` gives it."""
-    arrays, metadata = _parse(blob, head, 0)
+    arrays, metadata = _parse(blob, head)
     return Directory("safetensors", (blob,), (locations.name_of(blob.url),), arrays, metadata)
-
-
-def read_folder(folder: str, opener: Opener) -> Directory:
-    """The directory of a folder that holds a sharded model: by its index, else all *.safetensors."""
-    # Nearly always the index has this name. To ask for it costs less than to list, which http cannot do at
-    # all. Some stores say "denied" instead of "not found" to those who may not list.
-    index = opener.join(folder, "model" + INDEX_SUFFIX)
-    try:
-        blob = opener.open(index)
-    except (SnapshotNotFound, AccessDenied):
-        pass
-    else:
-        return _read_index(blob, index, opener)
-    url = locations.display(folder)
-    try:
-        names = opener.list(folder)
-    except LazymemError:
-        raise
-    except OSError as error:
-        raise AccessDenied(
-            f"{url}: the folder cannot be listed ({error.strerror}); check its mode", url=url
-        ) from error
-    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    if "model" + INDEX_SUFFIX in indexes:
-        indexes = ["model" + INDEX_SUFFIX]
-    if len(indexes) > 1:
-        found = f"holds {len(indexes)} models ({', '.join(indexes)[:200]})"
-        raise unsupported(url, "the folder", found, "name one of them")
-    if indexes:
-        return read_index(opener.join(folder, indexes[0]), opener)
-    shards = [name for name in names if name.endswith(SUFFIX)]
-    if not shards:
-        raise unsupported(url, "the folder", f"holds no {SUFFIX} file", "name a file, or another folder")
-    return _read_shards(_open_shards(folder, shards, opener, url), url, {}, {}, {})
-
-
-def read_index(location: str, opener: Opener) -> Directory:
-    """The directory of a sharded model, from its *.safetensors.index.json."""
-    return _read_index(opener.open(location), location, opener)
-
-
-def _read_index(blob: Blob, location: str, opener: Opener) -> Directory:
-    with contextlib.closing(blob):
-        path = blob.url
-        if blob.size > MAX_HEADER:
-            raise damaged(path, "the index", f"has {blob.size} bytes (the limit is {MAX_HEADER})")
-        content = blob.read(0, blob.size)
-    index = _load_json(content, path, "the index")
-    weight_map, metadata = index.get("weight_map"), index.get("metadata")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise damaged(path, "weight_map", "is missing, empty, or no object")
-    if metadata is not None and not isinstance(metadata, dict):
-        raise damaged(path, "metadata", "is no object")
-    for tensor, name in weight_map.items():
-        # Shards lie beside their index. Anything else in the name could lead out of the folder.
-        if not isinstance(name, str) or not name.isprintable() or not _is_plain(name):
-            found = f"has {str(name)[:200]!r} for {tensor[:200]!r}, not the name of a file beside it"
-            raise damaged(path, "weight_map", found)
-    shards = sorted(set(weight_map.values()))
-    extra = {locations.name_of(path): content}
-    opened = _open_shards(opener.parent(location), shards, opener, path)
-    return _read_shards(opened, path, weight_map, metadata or {}, extra)
 
 
 def make_header(tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]) -> bytes:
@@ -179,115 +110,7 @@ def dtype_name(
     return None if name is None else (name, list(shape))
 
 
-def _is_plain(name: str) -> bool:
-    return name not in ("", ".", "..") and "/" not in name and "\\" not in name
-
-
-class _Shard(NamedTuple):
-    name: str
-    blob: Blob
-    arrays: list[ArrayEntry]
-    metadata: dict[str, str]
-
-
-def _open_shards(folder: str, shards: Sequence[str], opener: Opener, url: str) -> list[_Shard]:
-    """Open and parse them, remote ones several at a time. url: of the index or folder that names them."""
-
-    def read(number: int) -> _Shard:
-        name = shards[number]
-        try:
-            blob = opener.open(opener.join(folder, name))
-        except SnapshotNotFound:
-            raise FormatError(
-                f"{url}: the shard {name!r} is missing; download it into the same folder", url=url, field=name
-            ) from None
-        try:
-            return _Shard(name, blob, *_parse(blob, read_head(blob), number))
-        except BaseException:
-            blob.close()
-            raise
-
-    workers = min(len(shards), _OPENED_AT_ONCE) if locations.scheme_of(folder) else 1
-    pool = ThreadPoolExecutor(workers, "lazymem-shards")
-    opened = [pool.submit(read, number) for number in range(len(shards))]
-    try:
-        return [future.result() for future in opened]
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        for future in opened:
-            if not future.cancelled() and future.exception() is None:
-                future.result().blob.close()
-        raise
-    finally:
-        pool.shutdown(wait=True)
-
-
-def _read_shards(
-    shards: Sequence[_Shard],
-    url: str,
-    weight_map: dict[str, str],
-    index_metadata: dict[str, Any],
-    extra_files: dict[str, bytes],
-) -> Directory:
-    """One directory of all of them, which it takes over unless it raises. url: of their index or folder."""
-    metadata: dict[str, Any] = {}
-    owner: dict[str, str] = {}  # tensor -> its shard
-    try:
-        for shard in shards:
-            for entry in shard.arrays:
-                if entry.name in owner:
-                    found = f"is in shard {owner[entry.name]!r} too"
-                    raise damaged(shard.blob.url, _tensor(entry.name), found)
-                owner[entry.name] = shard.name
-            metadata = {**shard.metadata, **metadata}
-        for tensor, name in weight_map.items():
-            if owner.get(tensor) != name:
-                raise damaged(url, _tensor(tensor), f"is not in its shard {name!r}")
-    except BaseException:
-        for shard in shards:
-            shard.blob.close()
-        raise
-    form = "safetensors-sharded" if extra_files or len(shards) > 1 else "safetensors"
-    blobs, names = [shard.blob for shard in shards], [shard.name for shard in shards]
-    arrays = [entry for shard in shards for entry in shard.arrays]
-    return Directory(form, blobs, names, arrays, {**metadata, **index_metadata}, extra_files)
-
-
-def _load_json(content: bytes, url: str, field: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise damaged(url, field, f"has the key {twice[:200]!r} twice")
-        return value
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        text = content.decode("utf-8")
-        value = json.loads(text, parse_constant=refuse)
-        # The hook makes parsing three times as slow, so it only runs if a key may stand twice: each
-        # key in the text is a match, and other matches can only make it run in vain.
-        if len(_KEY_END.findall(text)) != _count_keys(value):
-            json.loads(text, object_pairs_hook=unique)
-    except LazymemError:
-        raise
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise damaged(url, field, f"is no valid JSON ({str(error)[:200]})") from None
-    if not isinstance(value, dict):
-        raise damaged(url, field, f"is a JSON {type(value).__name__} instead of an object")
-    return value
-
-
-def _count_keys(value: Any) -> int:
-    """Keys of an object and of the objects right in it: all there are, if the header is in order."""
-    if not isinstance(value, dict):
-        return 0
-    return len(value) + sum([len(inner) for inner in value.values() if isinstance(inner, dict)])
-
-
-def _parse(blob: Blob, head: bytes, file: int) -> tuple[list[ArrayEntry], dict[str, str]]:
+def _parse(blob: Blob, head: bytes) -> tuple[list[ArrayEntry], dict[str, str]]:
     """The arrays of one safetensors file, sorted by offset, and its __metadata__."""
     url, size = blob.url, blob.size
     if len(head) < 8:
@@ -297,13 +120,13 @@ def _parse(blob: Blob, head: bytes, file: int) -> tuple[list[ArrayEntry], dict[s
         raise damaged(url, _HEADER, f"has {length} bytes (the limit is {MAX_HEADER}), the file {size}")
     start = 8 + length
     text = head[8:start] if start <= len(head) else blob.read(8, length)
-    header = _load_json(text, url, _HEADER)
+    header = load_json(text, url, _HEADER)
     metadata = header.pop("__metadata__", None)
     if metadata is None:
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged(url, "__metadata__", "is not an object of strings")
-    entries = [_entry(url, name, info, file, start, size - start) for name, info in header.items()]
+    entries = [_entry(url, name, info, start, size - start) for name, info in header.items()]
     # The size breaks ties: an empty tensor lies before the one that begins where it does.
     entries.sort(key=attrgetter("offset", "nbytes"))
     position = start
@@ -331,7 +154,7 @@ def _tensor(name: str) -> str:
     return f"tensor {name[:200]!r}"
 
 
-def _entry(url: str, name: str, info: Any, file: int, start: int, buffer: int) -> ArrayEntry:
+def _entry(url: str, name: str, info: Any, start: int, buffer: int) -> ArrayEntry:
     try:
         kind, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
     except (TypeError, KeyError, ValueError):
@@ -344,15 +167,15 @@ def _entry(url: str, name: str, info: Any, file: int, start: int, buffer: int) -
     if not isinstance(shape, list):
         raise damaged(url, _tensor(name), "has a shape that is no list")
     if dtype is None:
-        return _packed_entry(url, name, kind, shape, file, start + begin, end - begin)
+        return _packed_entry(url, name, kind, shape, start + begin, end - begin)
     nbytes = array_size(shape, dtype.itemsize)
     if nbytes != end - begin:
         _raise_size(url, name, kind, shape, end - begin)
-    return ArrayEntry(name, dtype, tuple(shape), "C", file, start + begin, nbytes, nbytes)
+    return ArrayEntry(name, dtype, tuple(shape), "C", 0, start + begin, nbytes, nbytes)
 
 
 def _packed_entry(
-    url: str, name: str, kind: object, shape: list[Any], file: int, offset: int, nbytes: int
+    url: str, name: str, kind: object, shape: list[Any], offset: int, nbytes: int
 ) -> ArrayEntry:
     bits = PACKED_BITS.get(kind) if isinstance(kind, str) else None
     if bits is None:
@@ -365,7 +188,7 @@ def _packed_entry(
     whole_rows = bool(shape) and shape[-1] * bits % 8 == 0
     shown = (*shape[:-1], shape[-1] * bits // 8) if whole_rows else (nbytes,)
     own = {"dtype": kind, "shape": shape}
-    return ArrayEntry(name, _UINT8, shown, "C", file, offset, nbytes, nbytes, metadata=own)
+    return ArrayEntry(name, _UINT8, shown, "C", 0, offset, nbytes, nbytes, metadata=own)
 
 
 def _raise_size(url: str, name: str, kind: object, shape: list[Any], nbytes: int) -> NoReturn:

@@ -61,8 +61,11 @@ class Opener(Protocol):
     def is_folder(self, location: str) -> bool:
         """Whether it is a folder: a directory, or a URL that ends in "/"."""
 
-    def list(self, folder: str) -> list[str]:
-        """Names of what lies directly in `folder`, sorted, without sub-folders."""
+    def entries(self, folder: str) -> list[str]:
+        """Names of what lies directly in `folder`, sorted; those of sub-folders end in "/".
+
+        Raises `OptionError` where the store cannot list.
+        """
 
     def join(self, folder: str, name: str) -> str:
         """The location of `name` in `folder`."""

@@ -296,6 +296,39 @@ static void test_pages_given_back_come_again(void)
     lm_region_free(region);
 }
 
+static void *evict(void *argument)
+{
+    struct toucher *self = argument;
+    int i;
+
+    for (i = 0; i < 300; i++)
+        CHECK(lm_region_evict(self->region, next_random(&self->seed) % CHUNKS, 1) == 0);
+    return NULL;
+}
+
+/* Chunks are given back while others touch and prefetch them. */
+static void test_eviction_races_touches(void)
+{
+    int round, i;
+
+    for (round = 0; round < 10; round++) {
+        struct toucher touchers[5];
+        pthread_t threads[5];
+        lm_region *region;
+
+        CHECK(open_region(&region) == 0);
+        for (i = 0; i < 5; i++) {
+            touchers[i] = (struct toucher){ region, (uint64_t)(100 * round + i + 1) };
+            CHECK(pthread_create(&threads[i], NULL, i < 2 ? evict : touch, &touchers[i]) == 0);
+        }
+        for (i = 0; i < 5; i++)
+            pthread_join(threads[i], NULL);
+        CHECK(memcmp(lm_region_address(region), content, (size_t)CHUNKS * CHUNK) == 0);
+        CHECK(lm_region_evict(region, 0, CHUNKS + 1) == -EINVAL);
+        lm_region_free(region);
+    }
+}
+
 /* A library that was here before us, whose fork handler takes a lock that a thread holds while it
  * touches lazy memory: faults must be served until the fork itself. */
 static pthread_mutex_t elsewhere = PTHREAD_MUTEX_INITIALIZER;
@@ -400,6 +433,7 @@ int main(int argc, char **argv)
         test_close_while_a_prefetch_waits();
         test_failed_chunk_is_named_and_heals();
         test_pages_given_back_come_again();
+        test_eviction_races_touches();
         if (argc > 1 && strcmp(argv[1], "fork") == 0) {
             test_fork_during_touches();
             test_fork_waits_for_a_thread_that_touches();

@@ -89,11 +89,11 @@ class FakeOpener:
     def is_folder(self, location: str) -> bool:
         return location.endswith("/")
 
-    def list(self, folder: str) -> list[str]:
+    def entries(self, folder: str) -> list[str]:
         assert self._lists, "nothing was to be listed"
         self.listed += 1
         path = self._folder / folder.removeprefix("mem://")
-        return sorted(entry.name for entry in path.iterdir() if entry.is_file())
+        return sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
 
     def join(self, folder: str, name: str) -> str:
         return locations.join(folder, name)

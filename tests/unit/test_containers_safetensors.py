@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from lazymem.containers import safetensors
 from lazymem.containers.base import Directory
-from lazymem.errors import BuildError, FormatError, SnapshotNotFound, UnsupportedFormat
+from lazymem.errors import BuildError, FormatError, UnsupportedFormat
 
 from .openers import open_container
 
@@ -276,124 +276,6 @@ def test_safetensors_error_names_file_and_tensor(tmp_path: Path) -> None:
 def test_safetensors_unknown_dtype_is_unsupported(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedFormat, match="'F3_NEW'"):
         opened(tmp_path, encode({"a": info("F3_NEW", [0], 0, 0)}))
-
-
-# ---- shards ----
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    one, two = "model-1.safetensors", "model-2.safetensors"
-    save_file({"a": np.arange(3), "b": np.ones(2)}, tmp_path / one, metadata={"format": "np"})
-    save_file({"c": np.zeros(4)}, tmp_path / two, metadata={"format": "np"})
-    write_index(tmp_path, {"a": one, "b": one, "c": two})
-    return tmp_path
-
-
-def write_index(folder: Path, weight_map: Any, **more: Any) -> Path:
-    path = folder / "model.safetensors.index.json"
-    path.write_text(json.dumps({"metadata": {"total_size": 72}, "weight_map": weight_map, **more}))
-    return path
-
-
-@pytest.mark.parametrize("by", ["", "model.safetensors.index.json"])
-def test_shards_by_folder_or_index(model: Path, by: str) -> None:
-    directory = open_container(model / by)
-    assert directory.format == "safetensors-sharded"
-    assert list(directory.file_names) == ["model-1.safetensors", "model-2.safetensors"]
-    assert {entry.name: entry.file for entry in directory.arrays} == {"a": 0, "b": 0, "c": 1}
-    assert dict(directory.metadata) == {"format": "np", "total_size": 72}
-    index = (model / "model.safetensors.index.json").read_bytes()
-    assert dict(directory.extra_files) == {"model.safetensors.index.json": index}
-    positions = [(entry.file, entry.offset) for entry in directory.arrays]
-    assert positions == sorted(positions)
-
-
-def test_shards_without_an_index_are_all_of_the_folder(model: Path) -> None:
-    (model / "model.safetensors.index.json").unlink()
-    directory = open_container(model)
-    assert directory.format == "safetensors-sharded"
-    assert {entry.name for entry in directory.arrays} == {"a", "b", "c"}
-    assert not directory.extra_files
-    (model / "model-2.safetensors").unlink()
-    assert open_container(model).format == "safetensors"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../x.safetensors",
-        "/etc/passwd",
-        "a/../../x",
-        "..",
-        ".",
-        "",
-        "sub/x.safetensors",
-        "a\\b",
-        "a\0b",
-        7,
-        None,
-        ["x"],
-    ],
-)
-def test_shards_outside_the_folder_are_refused(model: Path, name: Any) -> None:
-    path = write_index(model, {"a": name})
-    with pytest.raises(FormatError, match="weight_map has") as caught:
-        open_container(path)
-    assert caught.value.url == str(path)
-
-
-@pytest.mark.parametrize(
-    ("weight_map", "says"),
-    [
-        ({"a": "model-3.safetensors"}, "shard 'model-3.safetensors' is missing"),
-        ({"a": "model-2.safetensors", "c": "model-2.safetensors"}, "tensor 'a' is not in its shard"),
-        ({"nowhere": "model-1.safetensors"}, "tensor 'nowhere' is not in its shard"),
-        ({}, "weight_map is missing"),
-        ([], "weight_map is missing"),
-        (None, "weight_map is missing"),
-    ],
-)
-def test_shards_that_do_not_fit_their_index_are_refused(model: Path, weight_map: Any, says: str) -> None:
-    with pytest.raises(FormatError, match=says):
-        open_container(write_index(model, weight_map))
-
-
-def test_shards_with_one_tensor_twice_are_refused(model: Path) -> None:
-    (model / "model.safetensors.index.json").unlink()
-    save_file({"a": np.zeros(4)}, model / "model-2.safetensors")
-    with pytest.raises(FormatError, match=r"model-2.*tensor 'a' is in shard 'model-1.safetensors' too"):
-        open_container(model)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{", b'{"weight_map":{"a":"x"},"weight_map":{"a":"y"}}', b"\xff"]
-)
-def test_shards_with_a_broken_index_are_refused(model: Path, content: bytes) -> None:
-    path = model / "model.safetensors.index.json"
-    path.write_bytes(content)
-    with pytest.raises(FormatError, match="the index"):
-        open_container(path)
-
-
-def test_shards_metadata_that_is_no_object_is_refused(model: Path) -> None:
-    with pytest.raises(FormatError, match="metadata is no object"):
-        open_container(write_index(model, {"a": "model-1.safetensors"}, metadata=[1]))
-
-
-def test_shards_of_several_models_are_not_guessed_among(model: Path) -> None:
-    index = model / "model.safetensors.index.json"
-    index.rename(model / "one.safetensors.index.json")
-    (model / "two.safetensors.index.json").write_bytes(b"{}")
-    with pytest.raises(UnsupportedFormat, match="holds 2 models"):
-        open_container(model)
-
-
-def test_shards_of_an_empty_folder_or_a_missing_index(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedFormat, match=r"holds no \.safetensors"):
-        open_container(tmp_path)
-    with pytest.raises(SnapshotNotFound):
-        open_container(tmp_path / "model.safetensors.index.json")
 
 
 # ---- writing ----
