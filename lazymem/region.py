@@ -331,7 +331,7 @@ class Region:
             yield min(cursor - first, count)
 
     def evict(self, spans: Sequence[Span]) -> None:
-        """Give the memory of chunks back; touched again they are populated again, without what was written."""
+        """Give the memory of chunks back; touched again they are populated anew, without what was written."""
         with self._errors():
             for first, count in spans:
                 self._native.evict(first, count)

@@ -9,6 +9,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from typing import Any, Final, overload
 
 import numpy as np
@@ -21,7 +22,7 @@ from .containers.base import Directory
 from .errors import ArrayNotFound, OptionError, OutOfMemory, SnapshotChanged
 from .format.reader import load_index
 from .opener import LocationOpener, location_of
-from .options import OpenOptions, StoreOptions
+from .options import MIB, OpenOptions, StoreOptions
 from .order import model_order
 from .progress import Progress, reporting
 from .recognizer import recognize
@@ -265,6 +266,42 @@ class Snapshot(Mapping[str, NDArray[Any]]):
                 "of, and compose it again"
             )
         return self._reference.check()
+
+    def evict(self, names: str | Iterable[str] | None = None) -> None:
+        """Give the memory of arrays (all, if no names are given) back; touched again they are read again.
+
+        What was written to them in mode "c" is lost. Arrays that share a chunk with one of them go along.
+        With backend "eager" nothing happens, since nothing could bring them back.
+        Raises `ArrayNotFound`, `SnapshotClosed`.
+        """
+        self._region.evict(self._spans(names))
+
+    def walk(
+        self, names: Iterable[str] | None = None, *, piece: int = 16 * MIB
+    ) -> Iterator[tuple[ArrayInfo, int, NDArray[np.uint8]]]:
+        """Arrays (all, if no names are given) as they lie, `piece` bytes at a time, in bounded memory.
+
+        Yields the array's info, the piece's first byte in it, and the bytes, which are populated, and good
+        until the next step: then they are given back, while the piece after it is on its way. Only for a
+        snapshot in mode "r" that nothing else uses. Blocks. Raises as `prefetch(wait=True)`.
+        """
+        infos = sorted(map(self.info, self if names is None else names), key=lambda info: info.offset)
+        steps = ((info, begin) for info in infos for begin in range(0, info.nbytes, piece))
+        region, root, evicted = self._region, self._region.root(), 0
+        for step, following in pairwise(chain(steps, [None])):
+            assert step is not None  # only the last one is
+            info, begin = step
+            first, end = info.offset + begin, info.offset + min(begin + piece, info.nbytes)
+            region.prefetch(region.spans(first, end - first), wait=True)
+            if following is not None:
+                after, at = following
+                region.prefetch(region.spans(after.offset + at, min(piece, after.nbytes - at)), wait=False)
+            yield info, begin, root[first:end]
+            # A chunk that the next array begins in stays for it.
+            passed = end // region.chunk_size
+            first_chunk = min(evicted, first // region.chunk_size)
+            region.evict([(first_chunk, max(0, passed - first_chunk))])
+            evicted = max(evicted, passed)
 
     # ---- other arrangements of the same bytes ----
 

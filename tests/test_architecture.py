@@ -40,8 +40,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "extractor": {"recognizer", "opener", "format", "containers", "store", "errors", "options", "dtypes",
                   "views"},
     "copier": {"destination", "opener", "format", "store", "errors", "options"},
-    "torch": {"dtypes", "errors"},
+    "torch": {"order", "progress", "snapshot", "composition", "catalog", "dtypes", "errors"},
     "safetensors": {"torch", "snapshot", "catalog", "containers", "options", "errors"},
+    "transformers": {"torch", "order", "progress", "snapshot", "composition", "format", "errors"},
     "summary": {"recognizer", "catalog", "carried", "opener", "format", "containers", "store", "errors",
                 "options"},
 }

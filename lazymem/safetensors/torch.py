@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..torch.modules import assign_state, complain
 from ..torch.tensors import tensor_of
 from . import package
 from .errors import both_kinds
 from .handle import StrPath, safe_open
 from .memory import arrays_in
-from .modules import assign_state, complain
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`from_pretrained`: transformers builds the model, lazymem gives it weights that are read when touched.
+
+transformers' own from_pretrained runs on a folder with the model's small files and, where it looks for
+weights, deferred tensors, so that everything it knows of a model (renamed and fused weights, ties, missing
+keys, buffers) holds. What it leaves in the model is then made real, all in one or two regions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .. import snapshot as snapshots
+from ..errors import FormatError, OptionError, UnsupportedFormat
+from ..order import model_order
+from ..progress import Progress, reporting
+from ..snapshot import Snapshot
+from .deferred import Composed, Deferred, defer, realize
+from .files import write_files
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError(
+        "models need transformers, which is not installed: pip install 'lazymem[transformers]'"
+    ) from error
+from .redirection import EMPTY_FILE, shown_as
+
+
+def from_pretrained(
+    source: str | os.PathLike[str],
+    *model_args: Any,
+    model_class: Any = None,
+    storage_options: Mapping[str, Any] | None = None,
+    cache: str | os.PathLike[str] | bool | None = None,
+    backend: str | None = None,
+    background: bool = False,
+    progress: Progress | bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A transformers model of `source`, ready to be used; its weights are read when they are touched.
+
+    source: a snapshot built of a model folder, or such a folder (its config.json is read), local or by URL.
+    model_class: one of transformers' classes or Auto classes; None: the one that config.json names.
+    storage_options, cache, backend: see `lazymem.open`. model_args, kwargs: for the class's own
+        `from_pretrained` (dtype, config, attn_implementation, output_loading_info, ...). dtype=: weights of
+        another floating-point dtype are converted chunk by chunk, when they are touched.
+    background: go on populating in the order of the layers after the call has returned. progress: wait for
+        that instead, and tell it: called with (bytes there, bytes in all); True shows a bar.
+
+    Experts that transformers fuses into one parameter stay lazy one by one. Weights are copy-on-write.
+    Raises as `lazymem.open`; `UnsupportedFormat` where there is no config.json; what transformers raises.
+    """
+    for name in ("state_dict", "gguf_file", "use_safetensors", "variant", "subfolder"):
+        if name in kwargs:
+            raise OptionError(f"{name}= means nothing here: the weights are those of the source")
+    snapshot = snapshots.open(source, mode="c", storage_options=storage_options, cache=cache, backend=backend)
+    with tempfile.TemporaryDirectory(prefix="lazymem-") as folder:
+        names = write_files(snapshot, folder)
+        if "config.json" not in names and not isinstance(kwargs.get("config"), transformers.PretrainedConfig):
+            raise UnsupportedFormat(
+                f"{snapshot.url}: carries no config.json, so it is not known what model it is; name the "
+                "model's folder, build a snapshot of it (`lazymem build FOLDER`), or give config=",
+                url=snapshot.url,
+                field="config.json",
+            )
+        weights = os.path.join(folder, "model.safetensors")
+        with open(weights, "wb") as file:
+            file.write(EMPTY_FILE)
+        chosen = model_class or _class_of(snapshot, folder)
+        with shown_as(weights, {name: defer(snapshot, name) for name in snapshot}):
+            result = chosen.from_pretrained(folder, *model_args, **kwargs)
+    model = result[0] if isinstance(result, tuple) else result
+    fused = _make_real(model)
+    # Not the folder, which is gone.
+    model.name_or_path = model.config.name_or_path = snapshot.url
+    if background or progress:
+        _populate(snapshot, fused, progress)
+    return result
+
+
+def _class_of(snapshot: Snapshot, folder: str) -> Any:
+    """The class that config.json names; AutoModel where it names none that is known."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        return transformers.AutoModel
+    with open(path, "rb") as file:
+        try:
+            config = json.load(file)
+        except ValueError as error:
+            raise FormatError(
+                f"{snapshot.url}: config.json is no JSON ({error}); get the model again",
+                url=snapshot.url,
+                field="config.json",
+            ) from None
+    architectures = config.get("architectures") if isinstance(config, dict) else None
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    return found if hasattr(found, "from_pretrained") else transformers.AutoModel
+
+
+def _make_real(model: torch.nn.Module) -> Composed | None:
+    """Replace what is deferred in the model, ties kept. Returns what `realize` composed."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    values: dict[int, Deferred] = {}
+    names: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if isinstance(tensor, Deferred):
+                    places.setdefault(id(tensor), []).append((store, name))
+                    values[id(tensor)] = tensor
+                    names.setdefault(id(tensor), f"{prefix}.{name}" if prefix else name)
+    real, composed = realize(list(values.values()), list(names.values()))
+    for key, tensor in zip(values, real, strict=True):
+        old: Any = values[key]
+        new: Any = tensor
+        if isinstance(old, torch.nn.Parameter):
+            new = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
+        new._is_hf_initialized = True
+        for store, name in places[key]:
+            store[name] = new
+    return composed
+
+
+def _populate(snapshot: Snapshot, composed: Composed | None, progress: Progress | bool | None) -> None:
+    """In the order of the layers. What is shown composed need not be populated as it lies, too."""
+    used = composed.used if composed is not None else frozenset()
+    plain = [name for name in snapshot if name not in used]
+    with reporting(progress, "loading weights") as report:
+        snapshot.prefetch(model_order(plain), wait=report is not None, progress=report)
+        if composed is not None:
+            composed.snapshot.prefetch(order="model", wait=report is not None, progress=report)
