@@ -364,6 +364,11 @@ class _Machine:
         self.position = end
         return data
 
+    def _byte(self) -> int:
+        value = self._data[self.position]  # half of all opcodes take one, so no slice is made of it
+        self.position += 1
+        return value
+
     def _unsigned(self, width: int) -> int:
         return int.from_bytes(self._take(width), "little")
 
@@ -389,7 +394,7 @@ class _Machine:
     # Opcodes, by pickletools' names.
 
     def proto(self) -> None:
-        version = self._unsigned(1)
+        version = self._byte()
         if version > 5:
             raise _Unsupported(f"is of pickle protocol {version}", "save it with pickle_protocol=2")
 
@@ -417,7 +422,7 @@ class _Machine:
         self._push(float(self._line()))
 
     def long1(self) -> None:
-        self._push(self._signed(self._unsigned(1)))
+        self._push(self._signed(self._byte()))
 
     def long4(self) -> None:
         length = self._signed(4)
@@ -429,7 +434,9 @@ class _Machine:
         self._push(struct.unpack(">d", self._take(8))[0])
 
     def unicode_line(self) -> None:
-        self._push(self._line().encode("ascii").decode("raw_unicode_escape"))
+        text = self._line().encode("ascii").decode("raw_unicode_escape")
+        text.encode("utf-8")  # an escape can say what no name may hold
+        self._push(text)
 
     def tuple_mark(self) -> None:
         items = self._pop_mark()
@@ -550,7 +557,7 @@ _HANDLERS: Final[dict[int, Callable[[_Machine], None]]] = {
         "L": _Machine.long_line,
         "F": _Machine.float_line,
         "J": lambda m: m._push(m._signed(4)),
-        "K": lambda m: m._push(m._unsigned(1)),
+        "K": lambda m: m._push(m._byte()),
         "M": lambda m: m._push(m._unsigned(2)),
         "\x8a": _Machine.long1,
         "\x8b": _Machine.long4,
@@ -580,10 +587,10 @@ _HANDLERS: Final[dict[int, Callable[[_Machine], None]]] = {
         "s": _Machine.setitem,
         "u": _Machine.setitems,
         "g": lambda m: m.get(int(m._line())),
-        "h": lambda m: m.get(m._unsigned(1)),
+        "h": lambda m: m.get(m._byte()),
         "j": lambda m: m.get(m._unsigned(4)),
         "p": lambda m: m.put(int(m._line())),
-        "q": lambda m: m.put(m._unsigned(1)),
+        "q": lambda m: m.put(m._byte()),
         "r": lambda m: m.put(m._unsigned(4)),
         "\x94": _Machine.memoize,
         "c": _Machine.global_line,

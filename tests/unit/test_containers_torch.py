@@ -88,7 +88,17 @@ def checkpoint() -> State:
 
 
 BASE = torch.arange(100, dtype=torch.float32)
+
+
+def with_attributes() -> State:
+    tensor, parameter = torch.randn(3), torch.nn.Parameter(torch.randn(2, 2))
+    tensor.note = "kept"  # type: ignore[attr-defined]
+    parameter.note = "kept"  # type: ignore[attr-defined]
+    return {"t": tensor, "p": parameter}
+
+
 STATES: dict[str, Callable[[], Any]] = {
+    "attributes": with_attributes,
     "plain": lambda: torch.nn.Linear(4, 3).state_dict(),
     "tied": gpt2,
     "channels_last": channels_last,
@@ -438,6 +448,7 @@ def test_pickle_by_hand_is_read(simple: Path) -> None:
         b"\x80\x02X\x02\x00\x00\x00\xed\xa0.",
         b"\x80\x02}X\x01\x00\x00\x00ass.",
         b"\x80\x02}((ttNu.",
+        b"}V\\ud800\nNs.",
         b"\x80\x02" + b"(" * 1000 + b".",
         b"\x80\x02" + b")\x85" * 100_000 + b"}q\x00h\x00Ns.",
         b"\x80\x02}(" + b")" + b"\x85" * 100_000 + b"Nu.",
