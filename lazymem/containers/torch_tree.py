@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ..errors import UnsupportedFormat
 from .base import damaged, unsupported
-from .torch_pickle import Storage, Tensor, Text
+from .torch_globals import Storage, Tensor, Text
 
 #: The name of a tensor that was saved alone.
 ALONE: Final = "data"

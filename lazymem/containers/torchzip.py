@@ -28,7 +28,8 @@ from ..store import locations
 from ..store.base import Blob
 from ..views import View, order_of, problem_of
 from .base import NO_METADATA, ArrayEntry, Directory, damaged, unsupported
-from .torch_pickle import MAX_PICKLE, Storage, Tensor, read_pickle
+from .torch_globals import Storage, Tensor
+from .torch_pickle import MAX_PICKLE, read_pickle
 from .torch_tree import Leaves
 from .zipped import LOCAL, check_disjoint, check_names, data_start, for_each, list_members, member_of
 
