@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import heapq
 import json
-import math
 import os
 import zipfile
 import zlib
@@ -159,22 +158,23 @@ def _cat_in_place(url: str, directory: Directory, name: str, out: BinaryIO) -> i
         raise unsupported(
             url, f"array {name!r}", f"is compressed ({entry.compression})", "`lazymem build` a snapshot of it"
         )
-    offset, nbytes = entry.offset, entry.nbytes
+    offset, length = entry.offset, entry.nbytes
     if view is not None:
-        offset, nbytes = offset + view.offset, view.span
+        offset, length = offset + view.offset, view.span
     blob = directory.files[entry.file]
     with contextlib.ExitStack() as stack:
         if blob.fileno() is None:
-            blob = stack.enter_context(AheadBlob(blob, [(offset, nbytes)]))
+            blob = stack.enter_context(AheadBlob(blob, [(offset, length)]))
         pieces: Iterator[Any] = (
-            blob.read(offset + begin, min(_PIECE, nbytes - begin)) for begin in range(0, nbytes, _PIECE)
+            blob.read(offset + begin, min(_PIECE, length - begin)) for begin in range(0, length, _PIECE)
         )
         if view is not None and view.order is None:
-            pieces = gather(pieces, nbytes, view.dtype, view.shape, view.strides, "C")
-            nbytes = math.prod(view.shape) * view.dtype.itemsize
+            pieces = gather(pieces, length, view.dtype, view.shape, view.strides, "C")
+        written = 0
         for piece in pieces:
             out.write(piece)
-    return nbytes
+            written += len(piece)
+    return written
 
 
 def _names(reader: SnapshotReader, names: Sequence[str] | None) -> list[str]:

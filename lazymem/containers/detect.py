@@ -12,13 +12,14 @@ from typing import Final
 from ..errors import FormatError, OptionError
 from ..store import locations
 from ..store.base import Blob, Opener
-from . import folder, npy, npz, raw, safetensors, zipped
+from . import folder, npy, npz, raw, safetensors, torchzip, zipped
 from .base import Directory, read_head, unsupported
 
-FORMATS: Final = ("raw", "npy", "npz", "safetensors", "safetensors-sharded")
+FORMATS: Final = ("raw", "npy", "npz", "safetensors", "safetensors-sharded", "torch")
 
-# What torch.save wrote before 1.6: a pickled magic number.
-_TORCH_LEGACY: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# What torch.save wrote before 1.6, and on request still does: first a pickled magic number, of any protocol.
+_TORCH_LEGACY: Final = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_TORCH_LEGACY_WITHIN: Final = 32
 
 
 def is_sharded(location: str, opener: Opener) -> bool:
@@ -62,12 +63,20 @@ def read_container(blob: Blob, head: bytes, as_format: str | None = None) -> Dir
     suffix = os.path.splitext(locations.name_of(blob.url))[1].lower()
     if as_format == "npy" or (as_format is None and head.startswith(npy.MAGIC)):
         return npy.read_npy(blob, head)
+    if _TORCH_LEGACY in head[:_TORCH_LEGACY_WITHIN] and as_format in (None, "torch"):
+        raise unsupported(
+            blob.url,
+            "the file",
+            "was written by torch.save in its old format, without zip",
+            "torch.load it and torch.save it again, or save it as safetensors; "
+            'as_format="raw" shows its plain bytes',
+        )
     if as_format == "npz" or (as_format is None and head.startswith(zipped.MAGICS)):
-        return _read_zip(blob, as_format == "npz" or suffix == ".npz")
+        return _read_zip(blob, head, as_format == "npz" or suffix == ".npz")
+    if as_format == "torch":
+        return torchzip.read_torch(blob, head)
     if as_format == "safetensors" or safetensors.looks_like(head, blob.size):
         return safetensors.read_safetensors(blob, head)
-    if head.startswith(_TORCH_LEGACY):
-        raise _torch(blob)
     if suffix == ".npy":
         return npy.read_npy(blob, head)
     if suffix == ".npz":
@@ -77,26 +86,16 @@ def read_container(blob: Blob, head: bytes, as_format: str | None = None) -> Dir
     return raw.read_raw(blob)
 
 
-def _read_zip(blob: Blob, must_be_npz: bool) -> Directory:
+def _read_zip(blob: Blob, head: bytes, must_be_npz: bool) -> Directory:
     """A zip file is an .npz if it says so or holds .npy members; torch's are told apart from others."""
     try:
         members = zipped.list_members(blob)
     except FormatError:
-        if must_be_npz:
+        if must_be_npz or os.path.splitext(locations.name_of(blob.url))[1].lower() in torchzip.SUFFIXES:
             raise
         return raw.read_raw(blob)
-    names = [info.filename for info in members]
-    if must_be_npz or any(name.endswith(".npy") for name in names):
+    if must_be_npz or any(info.filename.endswith(".npy") for info in members):
         return npz.read_npz(blob, members)
-    if any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
-        raise _torch(blob)
+    if torchzip.prefix_of(members) is not None:
+        return torchzip.read_torch(blob, head, members)
     return raw.read_raw(blob)
-
-
-def _torch(blob: Blob) -> FormatError:
-    return unsupported(
-        blob.url,
-        "the file",
-        "was written by torch.save, which this version does not read",
-        'save it as safetensors, or open it with as_format="raw" for its plain bytes',
-    )

@@ -85,6 +85,29 @@ def test_containers_are_read_in_place(s3: Bucket, tmp_path: Path, arrays: Arrays
     assert np.array_equal(lazymem.open_array(s3.url("c.bin")).view(np.int64), arrays["ids"])
 
 
+def test_torch_files_are_read_in_place_in_few_requests(
+    s3: Bucket, proxy: HostileProxy, tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    state = {f"layers.{i}.weight": torch.randn(64, 300) for i in range(30)}
+    state["tied"] = state["layers.3.weight"]
+    state["last"] = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    torch.save(state, tmp_path / "m.pt")
+    url = put_file(s3, "m.pt", tmp_path / "m.pt")
+    s3.through(proxy)
+    code = """
+        import sys, numpy as np, lazymem
+        snap = lazymem.open(sys.argv[1], readahead=0, chunk_size=65536)
+        np.savez(sys.argv[2], **{name: snap[name] for name in ("layers.3.weight", "tied", "last")})
+    """
+    check_child("import sys, lazymem; print(len(lazymem.open(sys.argv[1])))", url)
+    assert len(proxy.log) == 2
+    check_child(code, url, tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as found:
+        for name in found.files:
+            assert np.array_equal(found[name], state[name].numpy())
+
+
 def test_sharded_model_opens_by_its_index(s3: Bucket, arrays: Arrays) -> None:
     safetensors = pytest.importorskip("safetensors.numpy")
     shards = {

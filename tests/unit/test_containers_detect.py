@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import zipfile
@@ -15,7 +16,7 @@ from safetensors.numpy import save
 
 from lazymem.containers.base import Directory, array_size
 from lazymem.containers.detect import FORMATS
-from lazymem.errors import FormatError, OptionError, ReadError, SnapshotNotFound, UnsupportedFormat
+from lazymem.errors import FormatError, OptionError, ReadError, SnapshotNotFound
 
 from .openers import open_container
 
@@ -39,7 +40,7 @@ def safetensors() -> bytes:
 def torch_zip() -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr("model/data.pkl", b"\x80\x02.")
+        archive.writestr("model/data.pkl", b"\x80\x02}.")
         archive.writestr("model/data/0", bytes(16))
     return stream.getvalue()
 
@@ -47,12 +48,26 @@ def torch_zip() -> bytes:
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".bin", ""])
 @pytest.mark.parametrize(
     ("data", "form"),
-    [(npy(), "npy"), (npz(), "npz"), (npz(compressed=True), "npz"), (safetensors(), "safetensors")],
+    [
+        (npy(), "npy"),
+        (npz(), "npz"),
+        (npz(compressed=True), "npz"),
+        (safetensors(), "safetensors"),
+    ],
 )
 def test_detect_goes_by_content_before_suffix(tmp_path: Path, data: bytes, form: str, suffix: str) -> None:
     path = tmp_path / f"file{suffix}"
     path.write_bytes(data)
     assert open_container(path).format == form
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".npy", ""])
+def test_detect_torch_goes_by_content(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(torch_zip())
+    for as_format in (None, "torch"):
+        with contextlib.closing(open_container(path, as_format=as_format)) as directory:
+            assert directory.format == "torch"
 
 
 @pytest.mark.parametrize("data", [b"", b"x", bytes(100), b"PK\x03\x04 but no zip", b"\x80\x02}."])
@@ -82,12 +97,15 @@ def test_detect_broken_file_with_a_suffix_is_not_raw(tmp_path: Path, suffix: str
     assert open_container(path, as_format="raw").arrays[0].nbytes == len(data)
 
 
-@pytest.mark.parametrize("data", [torch_zip(), b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.more"])
+BROKEN_TORCH = torch_zip().replace(b"}.", b"}}")
+
+
+@pytest.mark.parametrize("data", [BROKEN_TORCH, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.more"])
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ""])
 def test_detect_torch_files_say_what_to_do(tmp_path: Path, data: bytes, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
     path.write_bytes(data)
-    with pytest.raises(UnsupportedFormat, match=r"torch\.save.*safetensors"):
+    with pytest.raises(FormatError, match=r"torch\.save.*safetensors|data\.pkl"):
         open_container(path)
     assert open_container(path, as_format="raw").arrays[0].nbytes == len(data)
 
@@ -195,4 +213,4 @@ def test_damage_at_every_byte_is_refused_or_harmless(tmp_path: Path, name: str) 
 
 
 def test_formats_are_those_that_can_be_asked_for() -> None:
-    assert FORMATS == ("raw", "npy", "npz", "safetensors", "safetensors-sharded")
+    assert FORMATS == ("raw", "npy", "npz", "safetensors", "safetensors-sharded", "torch")
