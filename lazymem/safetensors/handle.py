@@ -214,6 +214,7 @@ class safe_open_handle(safe_open):
     __slots__ = ()
 
     def __init__(self, f: Any, framework: str, device: Any = "cpu", **options: Any) -> None:
+        arguments.framework_of(framework)
         f.fileno  # noqa: B018  (what has none is no file, says the AttributeError)
         super().__init__(f.name, framework, device, **options)
 
