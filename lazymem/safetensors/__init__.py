@@ -10,8 +10,8 @@ The same call gives the same, with these differences, each on purpose:
 
 - Sources: folders, indexes of shards, .lzm and URLs are opened, too; safetensors' `OSError` for a folder is
   gone. `PermissionError` where it says `FileNotFoundError`, as newer versions do.
-- Arguments: unknown keywords are ignored, since newer versions add some. Devices may be "meta" and
-  `torch.device`.
+- Arguments: unknown keywords are ignored, since newer versions add some; backend "read_file" is "pread".
+  Devices may be "meta" and `torch.device`. Handles pickle, by reference.
 - numpy arrays are views of the file, copy-on-write, as tensors are: two of one name share their memory.
   So do tensors under backend "pread", which here reads chunk by chunk instead of tensor by tensor.
 - bfloat16 and the float8 dtypes come as ml_dtypes' in numpy; there, and in `load`, safetensors 0.8 has none.

@@ -87,6 +87,11 @@ class safe_open:
             raise FileClosed("File is closed")
         return self._snapshot
 
+    @property
+    def snapshot(self) -> Snapshot:
+        """What lies below: counters (`stats`), `prefetch`, `read`. Raises `SafetensorError` once closed."""
+        return self._open()
+
     def keys(self) -> list[str]:
         """Names of the tensors, sorted."""
         return sorted(self._open())

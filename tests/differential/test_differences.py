@@ -7,6 +7,7 @@ safetensors makes of it and what lazymem does.
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,6 +125,22 @@ DIFFERENCES = [
         "newer versions add keywords, and code that passes them is to go on working",
         lambda package, folder: len(package.safe_open(_weights(folder), "np", mmap=True, whatever=1).keys()),
         TypeError,
+        _is(5),
+    ),
+    Difference(
+        "pickling a handle",
+        "by reference, for workers in other processes",
+        lambda package, folder: len(
+            pickle.loads(pickle.dumps(package.safe_open(_weights(folder), "np"))).keys()
+        ),
+        TypeError,
+        _is(5),
+    ),
+    Difference(
+        "backend read_file",
+        "what another version called pread",
+        lambda package, folder: len(package.safe_open(_weights(folder), "np", backend="read_file").keys()),
+        SafetensorError,
         _is(5),
     ),
     Difference(

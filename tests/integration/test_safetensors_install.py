@@ -24,17 +24,6 @@ from lazymem.safetensors import Installation, install, uninstall
 
 from ..children import check_child
 
-# In a tuple: a name of this module that means an original would be replaced, too.
-ORIGINALS = (
-    safetensors.safe_open,
-    safetensors.deserialize,
-    safetensors.torch.load_file,
-    safetensors.torch.load,
-    safetensors.torch.load_model,
-    safetensors.numpy.load_file,
-    safetensors.numpy.load,
-)
-
 
 def _in_place() -> tuple[Any, ...]:
     return (
@@ -46,6 +35,10 @@ def _in_place() -> tuple[Any, ...]:
         safetensors.numpy.load_file,
         safetensors.numpy.load,
     )
+
+
+# In a tuple: a name of this module that means an original would be replaced, too.
+ORIGINALS = _in_place()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ LAZY = """
 import sys, torch
 from lazymem.safetensors import safe_open
 with safe_open(sys.argv[1], "pt", **eval(sys.argv[2])) as file:
-    stats = file._open().stats
+    stats = file.snapshot.stats
     before = stats().chunks_populated
     tensors = file.get_tensors()
     part = file.get_slice("layer.3.weight")
@@ -243,6 +244,33 @@ def test_without_torch_the_error_names_the_extra(weights: Path) -> None:
             print(error)
     """
     assert "lazymem[torch]" in check_child(script, weights)
+
+
+def test_newer_and_older_keywords_are_understood(weights: Path) -> None:
+    for options in ({"mmap": False}, {"backend": "read_file"}, {"mmap": True}, {"something": "new"}):
+        _check(load_file(weights, **options))
+    with safe_open(weights, "np", mmap=False) as file:
+        assert file.snapshot.backend != "map"
+    for options, named in (
+        ({"framework": "pt", "backend": "mmap"}, 'backend="pread"'),
+        ({"framework": "np", "backend": "pread"}, 'framework="pt"'),
+        ({"framework": "pt", "backend": "pread"}, "cuda"),
+    ):
+        with pytest.raises(SafetensorError, match=named):
+            safe_open(weights, prefetch=True, **options)
+    with (
+        safe_open(weights, "pt", backend="pread") as file,
+        pytest.raises(SafetensorError, match="prefetch=True"),
+    ):
+        file.tensor_stream()
+
+
+def test_handle_pickles_by_reference(weights: Path) -> None:
+    with safe_open(weights, "pt") as file:
+        again = pickle.loads(pickle.dumps(file))
+    assert torch.equal(again.get_tensor("layer.1.weight"), TENSORS["layer.1.weight"])
+    with pytest.raises(SafetensorError, match="closed"):
+        pickle.loads(pickle.dumps(file)).keys()
 
 
 def test_loading_a_model_reads_nothing(tmp_path: Path) -> None:
