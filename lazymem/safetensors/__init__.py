@@ -51,7 +51,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("torch", "numpy"):
+    if name in ("torch", "numpy", "_safetensors_rust"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")

@@ -272,12 +272,13 @@ def test_signatures_begin_alike(name: str) -> None:
 
 
 def test_every_public_name_is_there() -> None:
-    for module in ("", "torch", "numpy"):
+    for module in ("", "torch", "numpy", "_safetensors_rust"):
         theirs = getattr(safetensors, module) if module else safetensors
         ours = getattr(lazymem.safetensors, module) if module else lazymem.safetensors
         for name in vars(theirs):
             if not name.startswith("__"):
                 assert getattr(ours, name) is not None, name
+    assert lazymem.safetensors._safetensors_rust.safe_open is lazymem.safetensors.safe_open
     assert lazymem.safetensors.__version__ == safetensors.__version__
     assert lazymem.safetensors.torch.save_file is safetensors.torch.save_file
     assert lazymem.safetensors.SafetensorError is safetensors.SafetensorError
