@@ -10,15 +10,16 @@ The same call gives the same, with these differences, each on purpose:
 
 - Sources: folders, indexes of shards, .lzm and URLs are opened, too; safetensors' `OSError` for a folder is
   gone. `PermissionError` where it says `FileNotFoundError`, as newer versions do.
-- Arguments: unknown keywords are ignored, since newer versions add some. Devices may be "meta" and
-  `torch.device`.
+- Arguments: unknown keywords are ignored, since newer versions add some; backend "read_file" is "pread".
+  Devices may be "meta" and `torch.device`. Handles pickle, by reference.
 - numpy arrays are views of the file, copy-on-write, as tensors are: two of one name share their memory.
   So do tensors under backend "pread", which here reads chunk by chunk instead of tensor by tensor.
 - bfloat16 and the float8 dtypes come as ml_dtypes' in numpy; there, and in `load`, safetensors 0.8 has none.
-- Slices of F4 tensors work, and count pairs as the tensors do.
+- F4 tensors can be sliced, and had with backend "pread"; slices count pairs as the tensors do.
+- Tensors without elements have a storage without an address, and so count as complete.
 - A slice that ends before it begins is a `SafetensorError`; safetensors panics or returns garbage.
-- Files: a key that stands twice, a tensor that is a JSON list, and more than 64 dimensions are errors. An
-  empty `__metadata__` reads as None.
+- Files: a key that stands twice, a tensor that is a JSON list, and more than 64 dimensions are errors; a
+  length of -0 is 0. An empty `__metadata__` reads as None.
 - `load_model` replaces what parameters show instead of copying into them; parameters on the meta device
   become real; tensors that share memory in the model are no error where they do not overlap.
 - Errors that are safetensors' are lazymem's as well, and name the file.
@@ -50,7 +51,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("torch", "numpy"):
+    if name in ("torch", "numpy", "_safetensors_rust"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")

@@ -87,6 +87,11 @@ class safe_open:
             raise FileClosed("File is closed")
         return self._snapshot
 
+    @property
+    def snapshot(self) -> Snapshot:
+        """What lies below: counters (`stats`), `prefetch`, `read`. Raises `SafetensorError` once closed."""
+        return self._open()
+
     def keys(self) -> list[str]:
         """Names of the tensors, sorted."""
         return sorted(self._open())
@@ -214,6 +219,7 @@ class safe_open_handle(safe_open):
     __slots__ = ()
 
     def __init__(self, f: Any, framework: str, device: Any = "cpu", **options: Any) -> None:
+        arguments.framework_of(framework)
         f.fileno  # noqa: B018  (what has none is no file, says the AttributeError)
         super().__init__(f.name, framework, device, **options)
 

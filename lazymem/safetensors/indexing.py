@@ -10,7 +10,6 @@ which makes that version panic or return garbage, is an error here.
 from __future__ import annotations
 
 import operator
-import types
 from collections.abc import Sequence
 from typing import Any, Final, SupportsIndex
 
@@ -25,6 +24,10 @@ _MAX_BOUND: Final = 2**64
 _MAX_STEP: Final = 2**63
 
 
+#: start, stop and step as they were given, None where they were not.
+_Bounds = tuple[int | None, int | None, int | None]
+
+
 def parse_index(index: object, shape: Sequence[int]) -> tuple[Item, ...]:
     """What to index numpy's array, or torch's tensor, with; it fits the shape.
 
@@ -37,48 +40,56 @@ def parse_index(index: object, shape: Sequence[int]) -> tuple[Item, ...]:
     items = list(index) if isinstance(index, tuple) else [index]
     if not items:
         return ()
-    checked = [_kind(item, position) for position, item in enumerate(items)]
-    expanded = _expand(checked, len(shape))
-    parsed = [_bounds(item, number, shape) for number, item in enumerate(expanded)]
+    parsed = _parse(items, shape)
     _check_fits(parsed, shape)
-    return tuple(item if isinstance(item, int) else slice(*item) for item in parsed)
+    return tuple(
+        item if isinstance(item, int) else _to_slice(item, length)
+        for item, length in zip(parsed, shape, strict=False)
+    )
 
 
-def _kind(item: object, position: int) -> int | slice | types.EllipsisType:
-    if isinstance(item, slice) or item is Ellipsis:
-        return item
-    try:
-        # np.bool has __index__ for its own use, which raises.
-        number = operator.index(item)  # type: ignore[arg-type]
-        if -_MAX_INDEX <= number < _MAX_INDEX and not isinstance(item, np.bool_):
-            return number
-    except TypeError:
-        pass
+def _to_slice(bounds: _Bounds, length: int) -> slice:
+    start, stop, step = bounds
+    # torch multiplies the step with a stride, and a step out of the dimension is as good as any other.
+    return slice(start, stop, min(step or 1, max(length, 1)))
+
+
+def _parse(items: Sequence[object], shape: Sequence[int]) -> list[int | _Bounds]:
+    """Without the Ellipsis; each item is checked before the next is looked at, as there."""
+    parsed: list[int | _Bounds] = []
+    if sum(item is Ellipsis for item in items) > 1:
+        raise InvalidIndex("Only one ellipsis (...) is allowed in slice index")
+    for item in items:
+        if item is Ellipsis:
+            parsed += [(None, None, None)] * max(0, len(shape) - (len(items) - 1))
+        elif isinstance(item, slice):
+            parsed.append(_bounds(item))
+        else:
+            parsed.append(_select(_integer(item, len(parsed)), len(parsed), shape))
+    return parsed
+
+
+def _integer(item: Any, position: int) -> int:
+    # np.bool has an __index__ that raises, now or in numpy's next version.
+    if hasattr(item, "__index__") and not isinstance(item, np.bool_):
+        try:
+            number = operator.index(item)
+        except TypeError:  # an array of several numbers
+            pass
+        else:
+            if -_MAX_INDEX <= number < _MAX_INDEX:
+                return number
     raise InvalidIndex(f"Unsupported slice index at position {position}: expected slice, int, or ellipsis")
 
 
-def _expand(items: list[int | slice | types.EllipsisType], ndim: int) -> list[Item]:
-    """Without the Ellipsis."""
-    places = [number for number, item in enumerate(items) if item is Ellipsis]
-    if len(places) > 1:
-        raise InvalidIndex("Only one ellipsis (...) is allowed in slice index")
-    rest: list[Any] = [item for item in items if item is not Ellipsis]
-    if places:
-        rest[places[0] : places[0]] = [slice(None)] * max(0, ndim - len(rest))
-    return rest
+def _select(index: int, dimension: int, shape: Sequence[int]) -> int:
+    length = shape[dimension] if dimension < len(shape) else 0
+    if index + length < 0:
+        raise InvalidIndex(f"Invalid index {index} for dimension {dimension} of size {length}")
+    return index + length if index < 0 else index
 
 
-#: start, stop and step as they were given, None where they were not.
-_Bounds = tuple[int | None, int | None, int | None]
-
-
-def _bounds(item: Item, number: int, shape: Sequence[int]) -> int | _Bounds:
-    if isinstance(item, int):
-        if item >= 0 or number >= len(shape):
-            return item
-        if item + shape[number] < 0:
-            raise InvalidIndex(f"Invalid index {item} for dimension {number} of size {shape[number]}")
-        return item + shape[number]
+def _bounds(item: slice) -> _Bounds:
     start, stop = _bound(item.start), _bound(item.stop)
     step = None if item.step is None else _number(item.step)
     if step is not None:
@@ -115,7 +126,7 @@ def _check_fits(items: Sequence[int | _Bounds], shape: Sequence[int]) -> None:
         else:
             start = item[0] or 0
             stop = length if item[1] is None else item[1]
-            asked = max(start, stop - 1)
+            asked = start if start >= length else stop - 1
         if start >= length or stop > length:
             raise InvalidIndex(
                 f"{said}index {asked} out of bounds for tensor dimension #{dimension} of size {length}"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from .. import snapshot as snapshots
-from ..errors import BackendUnavailable
+from ..errors import BackendUnavailable, SnapshotNotFound
 from ..options import OpenOptions
 from ..snapshot import Snapshot
 from . import arguments
@@ -40,7 +40,7 @@ def open_weights(
     keywords: dict[str, Any] = {"mode": "c", "storage_options": storage_options, "cache": cache}
     with both_kinds(filename):
         if "\0" in os.fspath(filename):
-            raise FileNotFoundError(f"No such file or directory: {os.fspath(filename)}")
+            raise SnapshotNotFound("no path has a NUL in it", url=os.fspath(filename))
         # What the environment asks for goes before what the name of a backend implies.
         if backend == arguments.PREAD and OpenOptions.from_environment(mode="c").backend == "auto":
             snapshot = _open_unmapped(filename, keywords)

@@ -130,7 +130,8 @@ def _assign(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[s
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, _Place, torch.Tensor]]:
     """Full names of what modules load the ordinary way, tied ones more than once, in torch's order."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if type(module)._load_from_state_dict is not torch.nn.Module._load_from_state_dict:
+        # torch's own modules only look at versions there; what others do there cannot be known.
+        if not type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules."):
             continue
         for store in (module._parameters, module._buffers):
             for name, tensor in list(store.items()):

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`install()`: transformers and accelerate load through lazymem, to the same bits; all is put back."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import textwrap
+import threading
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+
+import lazymem
+import lazymem.safetensors
+from lazymem.safetensors import Installation, install, uninstall
+
+from ..children import check_child
+
+
+def _in_place() -> tuple[Any, ...]:
+    return (
+        safetensors.safe_open,
+        safetensors.deserialize,
+        safetensors.torch.load_file,
+        safetensors.torch.load,
+        safetensors.torch.load_model,
+        safetensors.numpy.load_file,
+        safetensors.numpy.load,
+    )
+
+
+# In a tuple: a name of this module that means an original would be replaced, too.
+ORIGINALS = _in_place()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"weight": torch.ones(3, 4), "bias": torch.zeros(3)}, path)
+    return path
+
+
+@pytest.fixture
+def user() -> Any:
+    """A module that was written by somebody else, and imported before."""
+    module = types.ModuleType("somebody_elses")
+    exec(
+        "from safetensors import safe_open\nfrom safetensors.torch import load_file as load", module.__dict__
+    )
+    sys.modules[module.__name__] = module
+    yield module
+    sys.modules.pop(module.__name__, None)
+    sys.modules.pop("imported_meanwhile", None)
+
+
+def test_install_replaces_and_uninstall_restores(path: Path, user: Any) -> None:
+    before = dict(vars(user))
+    with install() as installed:
+        assert all(new is not old for new, old in zip(_in_place(), ORIGINALS, strict=True))
+        assert issubclass(user.safe_open, lazymem.safetensors.safe_open)
+        assert user.load is safetensors.torch.load_file
+        with user.safe_open(path, "pt") as file:
+            assert file.get_tensor("weight").sum() == 12
+        assert user.load(path)["bias"].shape == (3,)
+        assert installed.opened == (str(path), str(path))
+        assert safetensors.torch.save_file is lazymem.safetensors.torch.save_file
+    assert _in_place() == ORIGINALS
+    assert dict(vars(user)) == before
+
+
+def test_modules_imported_meanwhile_are_restored_too(path: Path, user: Any) -> None:
+    with install():
+        module = types.ModuleType("imported_meanwhile")
+        code = """
+            from safetensors import safe_open
+            from safetensors.torch import load_model
+            from lazymem.safetensors import safe_open as on_purpose
+        """
+        exec(textwrap.dedent(code), module.__dict__)
+        sys.modules[module.__name__] = module
+        assert issubclass(module.safe_open, lazymem.safetensors.safe_open)
+    assert module.safe_open is ORIGINALS[0]
+    assert module.load_model is ORIGINALS[4]
+    assert module.on_purpose is lazymem.safetensors.safe_open
+
+
+def test_snapshots_are_opened_where_files_were(path: Path) -> None:
+    snapshot = path.with_suffix(".lzm")
+    lazymem.build(path, snapshot)
+    out = check_child(
+        """
+        import sys
+        import lazymem.safetensors
+        lazymem.safetensors.install()
+        from safetensors.torch import load_file
+        print(load_file(sys.argv[1])["weight"].sum().item())
+        """,
+        snapshot,
+    )
+    assert float(out) == 12
+
+
+def test_nested_use_counts() -> None:
+    outer = install()
+    with install():
+        pass
+    assert _in_place() != ORIGINALS
+    inner = install()
+    outer.uninstall()
+    outer.uninstall()
+    assert _in_place() != ORIGINALS
+    inner.uninstall()
+    assert _in_place() == ORIGINALS
+    uninstall()
+    install()
+    uninstall()
+    assert _in_place() == ORIGINALS
+
+
+def test_an_error_in_the_block_restores() -> None:
+    def fail() -> None:
+        with install():
+            raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert _in_place() == ORIGINALS
+
+
+def test_threads_may_install_at_once() -> None:
+    start = threading.Barrier(8)
+    seen: list[bool] = []
+
+    def work() -> None:
+        start.wait()
+        for _ in range(20):
+            with install():
+                seen.append(safetensors.safe_open is not ORIGINALS[0])
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(seen)
+    assert _in_place() == ORIGINALS
+
+
+def test_other_frameworks_go_to_the_package_while_installed(path: Path) -> None:
+    pytest.importorskip("safetensors")
+    with install(), safetensors.safe_open(path, "jax") as file:
+        assert file.keys() == ["bias", "weight"]
+        with pytest.raises(ModuleNotFoundError, match="jax"):
+            file.get_tensor("bias")
+
+
+def _bert() -> torch.nn.Module:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, vocab_size=500
+    )
+    return BertModel(config)
+
+
+def _llama(tied: bool) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=500,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+MODELS = {
+    "bert": _bert,
+    "llama": functools.partial(_llama, False),
+    "llama-tied": functools.partial(_llama, True),
+}
+
+
+@pytest.fixture(
+    scope="module", params=[(model, shards) for model in MODELS for shards in (False, True)], ids=str
+)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[type, Path]:
+    pytest.importorskip("transformers")
+    make: Callable[[], Any] = MODELS[request.param[0]]
+    torch.manual_seed(1)
+    model = make()
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder, **({"max_shard_size": "100KB"} if request.param[1] else {}))
+    files = list(folder.glob("*.safetensors"))
+    assert (len(files) > 1) == request.param[1]
+    return type(model), folder
+
+
+def _answer(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(20).reshape(2, 10))[0]
+
+
+def _same_files(installed: Installation, folder: Path) -> None:
+    assert {Path(url) for url in installed.opened} == set(folder.glob("*.safetensors"))
+
+
+# torch and its friends warn about one another.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_transformers_loads_through_lazymem_to_the_same_bits(saved: tuple[Any, Path]) -> None:
+    kind, folder = saved
+    expected = kind.from_pretrained(folder, dtype="auto")
+    with install() as installed:
+        loaded = kind.from_pretrained(folder, dtype="auto")
+    _same_files(installed, folder)
+    assert torch.equal(_answer(loaded), _answer(expected))
+    assert loaded.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    again = kind.from_pretrained(folder, dtype="auto")
+    assert torch.equal(_answer(again), _answer(expected))
+
+
+@pytest.mark.parametrize("way", ["in_model", "dispatch"])
+def test_accelerate_loads_through_lazymem_to_the_same_bits(saved: tuple[Any, Path], way: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    kind, folder = saved
+    expected = kind.from_pretrained(folder, dtype="auto")
+
+    def load() -> Any:
+        with accelerate.init_empty_weights():
+            model = kind(expected.config)
+        model.tie_weights()
+        if way == "in_model":
+            accelerate.load_checkpoint_in_model(model, folder, device_map={"": "cpu"})
+            return model
+        return accelerate.load_checkpoint_and_dispatch(model, folder, device_map={"": "cpu"})
+
+    theirs = load()
+    with install() as installed:
+        ours = load()
+    _same_files(installed, folder)
+    assert torch.equal(_answer(ours), _answer(theirs))
