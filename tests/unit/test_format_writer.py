@@ -95,6 +95,29 @@ def test_planes_are_chosen_where_they_pay() -> None:
     assert set(parse(write_snapshot({"w": integers}, planes=True)).records["width"].tolist()) == {0}
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [("f4", 2), (ml_dtypes.bfloat16, 2), ("f2", 2), ("f8", 1)])
+@pytest.mark.parametrize("level", [None, 1, 19])
+def test_float_planes_are_chosen_for_weights(dtype: Any, kind: int, level: int | None) -> None:
+    weights = (RNG.standard_normal(4 * CHUNK) * 0.02).astype(dtype)
+    data = write_snapshot({"w": weights}, level=level)
+    index = parse(data)
+    assert set(index.records["filter"].tolist()) == {kind}
+    assert set(index.records["codec"].tolist()) == {structs.ZSTD}
+    assert b"".join(SnapshotReader(MemoryBlob(data)).read_range(0, weights.nbytes)) == weights.tobytes()
+    assert index.summary().filters == {f"{structs.FILTER_NAMES[kind]}{weights.itemsize}": len(index.records)}
+
+
+def test_float_planes_need_zstd_and_are_smaller_than_planes() -> None:
+    weights = (RNG.standard_normal(4 * CHUNK) * 0.02).astype(ml_dtypes.bfloat16)
+    stored = parse(write_snapshot({"w": weights})).records["stored_length"].sum()
+    assert weights.nbytes / stored > 1.48
+    lz4 = parse(write_snapshot({"w": weights}, codec="lz4", planes=True))
+    assert structs.FILTER_FLOAT_PLANES not in lz4.records["filter"].tolist()
+    plain = parse(write_snapshot({"w": weights}, planes=False))
+    assert set(plain.records["filter"].tolist()) == {0}
+    assert plain.records["stored_length"].sum() > stored
+
+
 @pytest.mark.parametrize(
     ("dtype", "width"),
     [
