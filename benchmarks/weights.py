@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from lazymem import _native
+from lazymem._native import literals
 from lazymem.format import structs
 from lazymem.format.encode import EncodedChunk
 
@@ -52,21 +53,20 @@ def _lz4() -> Compress:
     return partial(lz4.block.compress, store_size=False)
 
 
-def _small_search() -> Compress:
-    from lazymem._native.literals import by_parameters
+def _literals(make: Callable[[], Callable[[Any, int], bytes]], width: int) -> Compress:
+    compress = make()
+    return lambda data: compress(data, len(data) // width)
 
-    return by_parameters()
 
-
-#: name -> what makes the compressor, in the child; zstd's level, or ways to have no matches.
-_CODECS: Final[dict[str, tuple[int, Callable[[], Compress]]]] = {
-    "zstd -1": (structs.ZSTD, partial(_zstd, -1)),
-    "zstd 1": (structs.ZSTD, partial(_zstd, 1)),
-    "zstd 3": (structs.ZSTD, partial(_zstd, 3)),
-    "zstd 9": (structs.ZSTD, partial(_zstd, 9)),
-    "zstd fast, smallest search": (structs.ZSTD, _small_search),
-    "zstd literals": (structs.ZSTD, _native.literal_compressor),
-    "lz4": (structs.LZ4, _lz4),
+#: name -> codec, and what makes the compressor for elements of a width, in the child.
+_CODECS: Final[dict[str, tuple[int, Callable[[int], Compress]]]] = {
+    "zstd -1": (structs.ZSTD, lambda width: _zstd(-1)),
+    "zstd 1": (structs.ZSTD, lambda width: _zstd(1)),
+    "zstd 3": (structs.ZSTD, lambda width: _zstd(3)),
+    "zstd 9": (structs.ZSTD, lambda width: _zstd(9)),
+    "zstd fast, smallest search": (structs.ZSTD, partial(_literals, literals.by_parameters)),
+    "zstd literals": (structs.ZSTD, partial(_literals, literals.literal_compressor)),
+    "lz4": (structs.LZ4, lambda width: _lz4()),
 }
 
 
@@ -129,7 +129,7 @@ def _convert(values: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
 def _decode(meter: Meter, raw: Path, kind: str, filter_name: str, codec: str) -> None:
     data, width = np.fromfile(raw, np.uint8), 4 if kind == "fp32" else 2
     number, make = _CODECS[codec]
-    compress, scratch = make(), bytearray(_CHUNK)
+    compress, scratch = make(width), bytearray(_CHUNK)
     pieces = [data[begin : begin + _CHUNK] for begin in range(0, len(data), _CHUNK)]
     stored: list[bytes] = []
     encoding = Meter(len(data))

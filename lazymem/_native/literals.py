@@ -6,6 +6,9 @@ literals it replaces, and decoding slows to a third. So the search is made to st
 zstd then takes literals for incompressible, unless it is told otherwise by ZSTD_c_literalCompressionMode,
 which the wheel's cffi module has and its Python API lacks; without the module the smallest possible search
 does nearly as well. What comes out are ordinary frames.
+
+zstd's blocks are at most as long as its window, and each has a Huffman table of its own. So the window is
+made to fit the planes: where one block held parts of two, the table would fit neither.
 """
 
 from __future__ import annotations
@@ -16,16 +19,20 @@ from typing import Any, Final
 
 import zstandard
 
-#: 64 KiB: zstd's blocks are no larger, and smaller Huffman tables fit their block better.
-_WINDOW_LOG: Final = 16
+#: A table takes some 50 bytes, too much of blocks below 4 KiB; and it fits 64 KiB better than 128.
+_WINDOW_LOGS: Final = (12, 16)
 _HASH_LOG: Final = 6  # the least
 _MIN_MATCH: Final = 7  # the most
 _FAST: Final = 1
 _STEP: Final = 1 << 17  # bytes between two looks for a match; the most
 
 
-def literal_compressor() -> Callable[[Any], bytes]:
-    """A function from a buffer to its frame. For one thread at a time; releases the GIL."""
+#: (data, length of each plane in it) -> frame.
+Compress = Callable[[Any, int], bytes]
+
+
+def literal_compressor() -> Compress:
+    """A function that makes frames. For one thread at a time; releases the GIL."""
     try:
         module: Any = importlib.import_module("zstandard._cffi")
         return _by_library(module.ffi, module.lib)
@@ -33,30 +40,42 @@ def literal_compressor() -> Callable[[Any], bytes]:
         return by_parameters()
 
 
-def by_parameters() -> Callable[[Any], bytes]:
+def by_parameters() -> Compress:
     """The same by zstandard's own API: a little larger, a little slower to decode."""
-    parameters = zstandard.ZstdCompressionParameters(
-        strategy=_FAST,
-        window_log=_WINDOW_LOG,
-        hash_log=_HASH_LOG,
-        chain_log=_HASH_LOG,
-        search_log=1,
-        min_match=_MIN_MATCH,
-        target_length=0,
-        write_content_size=True,
-        write_checksum=False,
-        write_dict_id=False,
-    )
-    return zstandard.ZstdCompressor(compression_params=parameters).compress
+    compressors: dict[int, zstandard.ZstdCompressor] = {}
+
+    def compress(data: Any, plane: int) -> bytes:
+        window_log = _window_log(plane)
+        if window_log not in compressors:
+            parameters = zstandard.ZstdCompressionParameters(
+                strategy=_FAST,
+                window_log=window_log,
+                hash_log=_HASH_LOG,
+                chain_log=_HASH_LOG,
+                search_log=1,
+                min_match=_MIN_MATCH,
+                target_length=0,
+                write_content_size=True,
+                write_checksum=False,
+                write_dict_id=False,
+            )
+            compressors[window_log] = zstandard.ZstdCompressor(compression_params=parameters)
+        return compressors[window_log].compress(data)
+
+    return compress
 
 
-def _by_library(ffi: Any, lib: Any) -> Callable[[Any], bytes]:
+def _window_log(plane: int) -> int:
+    low, high = _WINDOW_LOGS
+    return min(max(plane.bit_length() - 1, low), high)
+
+
+def _by_library(ffi: Any, lib: Any) -> Compress:
     context = ffi.gc(lib.ZSTD_createCCtx(), lib.ZSTD_freeCCtx)
     if context == ffi.NULL:
         raise MemoryError
     for parameter, value in (
         (lib.ZSTD_c_strategy, _FAST),
-        (lib.ZSTD_c_windowLog, _WINDOW_LOG),
         (lib.ZSTD_c_hashLog, _HASH_LOG),
         (lib.ZSTD_c_chainLog, _HASH_LOG),
         (lib.ZSTD_c_searchLog, 1),
@@ -68,7 +87,8 @@ def _by_library(ffi: Any, lib: Any) -> Callable[[Any], bytes]:
             raise AttributeError("this zstd lacks a parameter")
     out = bytearray()
 
-    def compress(data: Any) -> bytes:
+    def compress(data: Any, plane: int) -> bytes:
+        lib.ZSTD_CCtx_setParameter(context, lib.ZSTD_c_windowLog, _window_log(plane))
         with ffi.from_buffer(data) as given:
             bound = lib.ZSTD_compressBound(len(given))
             if len(out) < bound:

@@ -125,11 +125,14 @@ class ChunkEncoder:
             planes = memoryview(scratch)[: len(data)]
             _native.planes_split(data, planes, way.width, way.filter)
             data = planes
-        name = "literals" if way.literals else "compress"
-        compress: Callable[[memoryview], bytes] | None = getattr(self._local, name, None)
+        if way.literals:
+            literals: Callable[[memoryview, int], bytes] | None = getattr(self._local, "literals", None)
+            if literals is None:
+                literals = self._local.literals = _native.literal_compressor()
+            return literals(data, len(data) // way.width)
+        compress: Callable[[memoryview], bytes] | None = getattr(self._local, "compress", None)
         if compress is None:
-            compress = _native.literal_compressor() if way.literals else self._compressor()
-            setattr(self._local, name, compress)
+            compress = self._local.compress = self._compressor()
         return compress(data)
 
     def _compressor(self) -> Callable[[memoryview], bytes]:

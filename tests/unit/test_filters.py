@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -39,13 +38,22 @@ def test_float_planes_end_with_the_exponents() -> None:
 
 
 @pytest.mark.parametrize("make", [_native.literal_compressor, literals.by_parameters])
-def test_literal_frames_are_zstd_and_hold_what_went_in(make: Callable[[], Callable[[Any], bytes]]) -> None:
+def test_literal_frames_are_zstd_and_hold_what_went_in(make: Callable[[], literals.Compress]) -> None:
     compress = make()
     rng = np.random.default_rng(5)
     for length in (0, 1, 100, 70_000, 1_000_000):
         data = np.minimum(rng.exponential(3, length), 255).astype(np.uint8).tobytes()
-        frame = compress(memoryview(data))
+        frame = compress(memoryview(data), length // 2)
         assert zstandard.ZstdDecompressor().decompress(frame, max_output_size=length) == data
         assert length < 1000 or len(frame) < 0.5 * length
     noise = rng.integers(0, 256, 1_000_000, np.uint8)
-    assert len(compress(noise)) < 1_000_200
+    assert len(compress(noise, 500_000)) < 1_000_200
+
+
+@pytest.mark.parametrize("make", [_native.literal_compressor, literals.by_parameters])
+@pytest.mark.parametrize("length", [1 << 13, 1 << 16, 1 << 20])
+def test_literal_frames_keep_planes_apart(make: Callable[[], literals.Compress], length: int) -> None:
+    rng = np.random.default_rng(6)
+    noise, narrow = rng.integers(0, 256, length, np.uint8), rng.integers(0, 4, length).astype(np.uint8)
+    frame = make()(np.concatenate([noise, narrow]), length)
+    assert len(frame) < length + length // 4 + length // 30
