@@ -77,7 +77,7 @@ def build(
 ) -> BuildReport:
     """Build the snapshot `destination`, a path or URL, from `source`, and say what was built.
 
-    source: a mapping of names to arrays; the path or URL of a container (.npy, .npz, .safetensors, an
+    source: a mapping of names to arrays; the path or URL of a container (.npy, .npz, .gguf, .safetensors, an
         index of shards), of a snapshot, or of any other file, whose bytes become the array "data"; of a
         model folder, all of which goes in (weights, configuration, tokenizer ...), but not hidden files
         nor the same weights in further formats; a list of such, folders then for their weights only; a

@@ -12,10 +12,10 @@ from typing import Final
 from ..errors import FormatError, OptionError
 from ..store import locations
 from ..store.base import Blob, Opener
-from . import folder, npy, npz, raw, safetensors
+from . import folder, gguf, npy, npz, raw, safetensors
 from .base import Directory, read_head, unsupported
 
-FORMATS: Final = ("raw", "npy", "npz", "safetensors", "safetensors-sharded")
+FORMATS: Final = ("raw", "npy", "npz", "safetensors", "safetensors-sharded", "gguf")
 
 # What torch.save wrote before 1.6: a pickled magic number.
 _TORCH_LEGACY: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -64,6 +64,8 @@ def read_container(blob: Blob, head: bytes, as_format: str | None = None) -> Dir
         return npy.read_npy(blob, head)
     if as_format == "npz" or (as_format is None and head.startswith(npz.MAGICS)):
         return _read_zip(blob, as_format == "npz" or suffix == ".npz")
+    if as_format == "gguf" or (as_format is None and head.startswith(gguf.MAGIC)):
+        return gguf.read_gguf(blob, head)
     if as_format == "safetensors" or safetensors.looks_like(head, blob.size):
         return safetensors.read_safetensors(blob, head)
     if head.startswith(_TORCH_LEGACY):
@@ -74,6 +76,8 @@ def read_container(blob: Blob, head: bytes, as_format: str | None = None) -> Dir
         return npz.read_npz(blob)
     if suffix == safetensors.SUFFIX:
         return safetensors.read_safetensors(blob, head)
+    if suffix == gguf.SUFFIX:
+        return gguf.read_gguf(blob, head)
     return raw.read_raw(blob)
 
 
