@@ -17,8 +17,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Final
 
-import zstandard
-
 #: A table takes some 50 bytes, too much of blocks below 4 KiB; and it fits 64 KiB better than 128.
 _WINDOW_LOGS: Final = (12, 16)
 _HASH_LOG: Final = 6  # the least
@@ -42,6 +40,8 @@ def literal_compressor() -> Compress:
 
 def by_parameters() -> Compress:
     """The same by zstandard's own API: a little larger, a little slower to decode."""
+    import zstandard  # only a build needs it
+
     compressors: dict[int, zstandard.ZstdCompressor] = {}
 
     def compress(data: Any, plane: int) -> bytes:
