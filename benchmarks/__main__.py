@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from lazymem.options import cpu_count
 
-from . import fault_profile, first_element, full_scan, memory, random_touch, remote, report
+from . import fault_profile, first_element, full_scan, memory, random_touch, remote, report, weights
 from .data import KINDS, SEED, Data
 from .harness import Case, Outcome, run_cases
 from .question import Settings
@@ -35,6 +35,7 @@ QUESTIONS: Final[dict[str, ModuleType]] = {
     "memory": memory,
     "fault_profile": fault_profile,
     "remote": remote,
+    "weights": weights,
 }
 _TINY_MB: Final = 8
 

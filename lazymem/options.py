@@ -151,8 +151,9 @@ class BuildOptions:
     """How a snapshot file is written.
 
     codec: "none", "lz4" or "zstd". level: the codec's own level; None takes zstd 3, lz4 1.
-    planes: split floating-point chunks into byte planes before compression: True (where the
-        width fits), False, or None (per chunk, where a sample says that it pays).
+    planes: split floating-point chunks into byte planes, or float planes, before compression: True (where
+        the width fits), False, or None (per chunk, where a sample says that it pays). With zstd and no level
+        planes are stored as literals, without matches, unless that is more than 1 % larger.
     threads: compressing threads; None takes one per processor.
     """
 

@@ -64,7 +64,8 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
     @property
     def format(self) -> str:
-        """ "lzm", or the container's: "safetensors", "safetensors-sharded", "npy", "npz", "raw", "torch"."""
+        """ "lzm", or the container's: "safetensors", "safetensors-sharded", "torch", "gguf", "npy", "npz",
+        "raw"."""
         return self._catalog.format
 
     @property
@@ -576,13 +577,14 @@ def open(
     """Open a snapshot, or another format's file, as memory. Reads its index and no more.
 
     source: a path or URL (s3://, http://, https://): a snapshot (.lzm), .safetensors (a file, a folder
-        of shards or their model.safetensors.index.json), .npy, .npz (stored members), .pt, .pth or .bin of
-        torch.save (nothing in it is run), or any other file, whose bytes are the array "data". Content
-        decides, not the suffix.
+        of shards or their model.safetensors.index.json), .gguf, .npy, .npz (stored members), .pt, .pth or
+        .bin of torch.save (nothing in it is run), or any other file, whose bytes are the array "data".
+        Content decides, not the suffix.
     mode: "r", writing is an error; "c", copy-on-write: changes stay in this process's memory.
     backend, install, threads, chunk_size, readahead: see `lazymem.options.OpenOptions`; left out,
         the environment decides (LAZYMEM_BACKEND, LAZYMEM_INSTALL, LAZYMEM_THREADS).
-    as_format: read a container as "raw", "npy", "npz", "safetensors" or "torch" instead of finding out.
+    as_format: read a container as "raw", "npy", "npz", "safetensors", "torch" or "gguf" instead of finding
+        out.
     storage_options: how a URL is reached, see `lazymem.options.StoreOptions`; what is left out is found
         as boto3 finds it: environment, configuration files, instance roles.
     cache: keep what is read from URLs on disk: a directory; True: LAZYMEM_CACHE_DIR, else

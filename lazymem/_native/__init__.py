@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from . import codecs
 from ._core import ffi, lib
+from .literals import literal_compressor as literal_compressor
 
 if sys.byteorder != "little":  # records are used as they lie in the file
     raise ImportError("lazymem needs a little-endian machine")
@@ -51,6 +52,8 @@ _OWN_CODES: Final = {
     lib.LM_E_OPTION: "the URL or an option cannot be right",
     lib.LM_E_FETCHER: "the fetcher cannot be started or does not answer",
 }
+FILTER_PLANES: Final[int] = lib.LM_FILTER_PLANES
+FILTER_FLOAT_PLANES: Final[int] = lib.LM_FILTER_FLOAT_PLANES
 CHUNK_UNCHECKED: Final[int] = lib.LM_CHUNK_UNCHECKED
 
 #: Floating-point formats by the names of numpy's and ml_dtypes' dtypes (lazymem.h, "casts").
@@ -158,21 +161,24 @@ def checksum(data: Any) -> int:
         return int(lib.lm_codec_checksum(view, len(view)))
 
 
-def planes_split(source: Any, target: Any, width: int) -> None:
-    """Byte planes of `source` into `target`, of equal length; they must not overlap."""
-    _planes(lib.lm_planes_split, source, target, width)
+def planes_split(source: Any, target: Any, width: int, kind: int = FILTER_PLANES) -> None:
+    """Byte planes of `source` into `target`, of equal length; they must not overlap.
+
+    kind: FILTER_PLANES or FILTER_FLOAT_PLANES.
+    """
+    _planes(lib.lm_planes_split, source, target, width, kind)
 
 
-def planes_join(source: Any, target: Any, width: int) -> None:
+def planes_join(source: Any, target: Any, width: int, kind: int = FILTER_PLANES) -> None:
     """The inverse of `planes_split`."""
-    _planes(lib.lm_planes_join, source, target, width)
+    _planes(lib.lm_planes_join, source, target, width, kind)
 
 
-def _planes(function: Any, source: Any, target: Any, width: int) -> None:
+def _planes(function: Any, source: Any, target: Any, width: int, kind: int) -> None:
     with ffi.from_buffer(source) as given, ffi.from_buffer(target, require_writable=True) as wanted:
         if len(given) != len(wanted):
             raise ValueError(f"source has {len(given)} bytes and target {len(wanted)}")
-        _check(function(given, wanted, len(given), width))
+        _check(function(given, wanted, len(given), width, kind))
 
 
 def cast(source: Any, target: Any, count: int, code: int) -> None:

@@ -150,7 +150,7 @@ int lm_codec_decode(lm_decoder *decoder, const lm_chunk_record *record, const vo
     void *target = out;
     int error = 0;
 
-    if (record->filter == LM_FILTER_PLANES) {
+    if (record->filter == LM_FILTER_PLANES || record->filter == LM_FILTER_FLOAT_PLANES) {
         if (record->width != 2 && record->width != 4 && record->width != 8)
             return LM_E_RECORD;
         error = lm_sys_grow_buffer(&decoder->scratch, &decoder->scratch_length, raw_length);
@@ -175,8 +175,8 @@ int lm_codec_decode(lm_decoder *decoder, const lm_chunk_record *record, const vo
     if (error < 0)
         return error;
 
-    if (record->filter == LM_FILTER_PLANES)
-        return lm_planes_join(bytes, out, raw_length, record->width);
+    if (record->filter != LM_FILTER_NONE)
+        return lm_planes_join(bytes, out, raw_length, record->width, record->filter);
     if (bytes != out)
         memcpy(out, bytes, raw_length);
     return 0;

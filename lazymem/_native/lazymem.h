@@ -43,8 +43,9 @@
 #define LM_CODEC_LZ4    1
 #define LM_CODEC_ZSTD   2
 
-#define LM_FILTER_NONE   0
-#define LM_FILTER_PLANES 1
+#define LM_FILTER_NONE         0
+#define LM_FILTER_PLANES       1
+#define LM_FILTER_FLOAT_PLANES 2
 
 /* Flag: a container read in place. No checksum; a raw chunk may be shorter than its place, zeros follow. */
 #define LM_CHUNK_UNCHECKED 1
@@ -90,9 +91,11 @@ uint64_t lm_codec_checksum(const void *data, size_t length);
 /* ---- filters and scans, for the writer and for tests ---- */
 int lm_bytes_are_zero(const void *data, size_t length);
 /* Byte planes: plane p holds byte p of each element of `width` (2, 4 or 8) bytes; the tail of
- * length % width bytes follows as it is. in and out must not overlap. */
-int lm_planes_split(const void *in, void *out, size_t length, int width);
-int lm_planes_join(const void *in, void *out, size_t length, int width);
+ * length % width bytes follows as it is. With LM_FILTER_FLOAT_PLANES each element is rotated left by one
+ * bit before it is split: the sign goes to the lowest bit, and the highest byte of a float32 or bfloat16
+ * is its exponent. in and out must not overlap. */
+int lm_planes_split(const void *in, void *out, size_t length, int width, int filter);
+int lm_planes_join(const void *in, void *out, size_t length, int width, int filter);
 
 /* ---- casts: numbers of one floating-point format as those of another ---- */
 #define LM_FLOAT_16          1

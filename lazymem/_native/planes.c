@@ -29,9 +29,29 @@ LM_INLINE void store(uint8_t *to, __m128i value)
     _mm_storeu_si128((__m128i *)(void *)to, value);
 }
 
+/* Each element of `width` bytes rotated by one bit. */
+LM_INLINE __m128i rotate_left_vector(__m128i value, int width)
+{
+    if (width == 2)
+        return _mm_or_si128(_mm_slli_epi16(value, 1), _mm_srli_epi16(value, 15));
+    if (width == 4)
+        return _mm_or_si128(_mm_slli_epi32(value, 1), _mm_srli_epi32(value, 31));
+    return _mm_or_si128(_mm_slli_epi64(value, 1), _mm_srli_epi64(value, 63));
+}
+
+LM_INLINE __m128i rotate_right_vector(__m128i value, int width)
+{
+    if (width == 2)
+        return _mm_or_si128(_mm_srli_epi16(value, 1), _mm_slli_epi16(value, 15));
+    if (width == 4)
+        return _mm_or_si128(_mm_srli_epi32(value, 1), _mm_slli_epi32(value, 31));
+    return _mm_or_si128(_mm_srli_epi64(value, 1), _mm_slli_epi64(value, 63));
+}
+
 /* 16 elements at a time. Interleaving bytes log2(width) times turns planes into elements:
  * planes p and p + width/2 are merged first, so that byte order comes out right. */
-LM_INLINE size_t join_vector(const uint8_t *in, uint8_t *out, size_t count, int width)
+LM_INLINE size_t join_vector(const uint8_t *in, uint8_t *out, size_t count, int width,
+                             int rotate)
 {
     size_t done;
 
@@ -53,13 +73,15 @@ LM_INLINE size_t join_vector(const uint8_t *in, uint8_t *out, size_t count, int 
         }
         LM_UNROLL
         for (plane = 0; plane < width; plane++)
-            store(out + (done * (size_t)width) + (size_t)plane * LM_VECTOR, from[plane]);
+            store(out + (done * (size_t)width) + (size_t)plane * LM_VECTOR,
+                  rotate ? rotate_right_vector(from[plane], width) : from[plane]);
     }
     return done;
 }
 
 /* The inverse: taking the even and the odd bytes apart log2(width) times. */
-LM_INLINE size_t split_vector(const uint8_t *in, uint8_t *out, size_t count, int width)
+LM_INLINE size_t split_vector(const uint8_t *in, uint8_t *out, size_t count, int width,
+                              int rotate)
 {
     const __m128i low = _mm_set1_epi16(0x00FF);
     size_t done;
@@ -69,8 +91,11 @@ LM_INLINE size_t split_vector(const uint8_t *in, uint8_t *out, size_t count, int
         int plane, step;
 
         LM_UNROLL
-        for (plane = 0; plane < width; plane++)
+        for (plane = 0; plane < width; plane++) {
             from[plane] = load(in + (done * (size_t)width) + (size_t)plane * LM_VECTOR);
+            if (rotate)
+                from[plane] = rotate_left_vector(from[plane], width);
+        }
         LM_UNROLL
         for (step = 1; step < width; step *= 2) {
             LM_UNROLL
@@ -90,40 +115,64 @@ LM_INLINE size_t split_vector(const uint8_t *in, uint8_t *out, size_t count, int
     return done;
 }
 #else
-LM_INLINE size_t join_vector(const uint8_t *in, uint8_t *out, size_t count, int width)
+LM_INLINE size_t join_vector(const uint8_t *in, uint8_t *out, size_t count, int width,
+                             int rotate)
 {
-    (void)in, (void)out, (void)count, (void)width;
+    (void)in, (void)out, (void)count, (void)width, (void)rotate;
     return 0;
 }
 
-LM_INLINE size_t split_vector(const uint8_t *in, uint8_t *out, size_t count, int width)
+LM_INLINE size_t split_vector(const uint8_t *in, uint8_t *out, size_t count, int width,
+                              int rotate)
 {
-    (void)in, (void)out, (void)count, (void)width;
+    (void)in, (void)out, (void)count, (void)width, (void)rotate;
     return 0;
 }
 #endif
 
-LM_INLINE void join(const uint8_t *in, uint8_t *out, size_t count, int width)
+LM_INLINE void join(const uint8_t *in, uint8_t *out, size_t count, int width, int rotate)
 {
-    size_t i = join_vector(in, out, count, width);
+    size_t i = join_vector(in, out, count, width, rotate);
     int plane;
 
-    for (; i < count; i++)
+    for (; i < count; i++) {
+        /* Rotating right takes each byte's lowest bit from the byte above it. */
         LM_UNROLL
-        for (plane = 0; plane < width; plane++)
-            out[i * (size_t)width + (size_t)plane] = in[(size_t)plane * count + i];
+        for (plane = 0; plane < width; plane++) {
+            unsigned byte = in[(size_t)plane * count + i];
+            unsigned above = in[(size_t)((plane + 1) % width) * count + i];
+
+            out[i * (size_t)width + (size_t)plane] =
+                (uint8_t)(rotate ? byte >> 1 | above << 7 : byte);
+        }
+    }
 }
 
-LM_INLINE void split(const uint8_t *in, uint8_t *out, size_t count, int width)
+LM_INLINE void split(const uint8_t *in, uint8_t *out, size_t count, int width, int rotate)
 {
-    size_t i = split_vector(in, out, count, width);
+    size_t i = split_vector(in, out, count, width, rotate);
     int plane;
 
-    for (; i < count; i++)
+    for (; i < count; i++) {
+        const uint8_t *element = in + i * (size_t)width;
+
         LM_UNROLL
-        for (plane = 0; plane < width; plane++)
-            out[(size_t)plane * count + i] = in[i * (size_t)width + (size_t)plane];
+        for (plane = 0; plane < width; plane++) {
+            unsigned byte = element[plane], below = element[(plane + width - 1) % width];
+
+            out[(size_t)plane * count + i] = (uint8_t)(rotate ? byte << 1 | below >> 7 : byte);
+        }
+    }
 }
+
+/* The step and the width as constants, so that each pair gets a loop of its own. */
+#define LM_EACH_WIDTH(step, rotate)                                       \
+    switch (width) {                                                      \
+    case 2: step(in, out, length / 2, 2, rotate); break;                  \
+    case 4: step(in, out, length / 4, 4, rotate); break;                  \
+    case 8: step(in, out, length / 8, 8, rotate); break;                  \
+    default: return -EINVAL;                                              \
+    }
 
 static void copy_tail(const uint8_t *in, uint8_t *out, size_t length, int width)
 {
@@ -132,25 +181,27 @@ static void copy_tail(const uint8_t *in, uint8_t *out, size_t length, int width)
     memcpy(out + length - tail, in + length - tail, tail);
 }
 
-int lm_planes_join(const void *in, void *out, size_t length, int width)
+int lm_planes_join(const void *in, void *out, size_t length, int width, int filter)
 {
-    switch (width) {
-    case 2: join(in, out, length / 2, 2); break;
-    case 4: join(in, out, length / 4, 4); break;
-    case 8: join(in, out, length / 8, 8); break;
-    default: return -EINVAL;
+    if (filter == LM_FILTER_FLOAT_PLANES) {
+        LM_EACH_WIDTH(join, 1)
+    } else if (filter == LM_FILTER_PLANES) {
+        LM_EACH_WIDTH(join, 0)
+    } else {
+        return -EINVAL;
     }
     copy_tail(in, out, length, width);
     return 0;
 }
 
-int lm_planes_split(const void *in, void *out, size_t length, int width)
+int lm_planes_split(const void *in, void *out, size_t length, int width, int filter)
 {
-    switch (width) {
-    case 2: split(in, out, length / 2, 2); break;
-    case 4: split(in, out, length / 4, 4); break;
-    case 8: split(in, out, length / 8, 8); break;
-    default: return -EINVAL;
+    if (filter == LM_FILTER_FLOAT_PLANES) {
+        LM_EACH_WIDTH(split, 1)
+    } else if (filter == LM_FILTER_PLANES) {
+        LM_EACH_WIDTH(split, 0)
+    } else {
+        return -EINVAL;
     }
     copy_tail(in, out, length, width);
     return 0;

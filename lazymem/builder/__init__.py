@@ -79,11 +79,11 @@ def build(
     """Build the snapshot `destination`, a path or URL, from `source`, and say what was built.
 
     source: a mapping of names to arrays, of which those that lie in the memory of an earlier one take no
-        bytes again; the path or URL of a container (.npy, .npz, .safetensors, .pt, an index of shards), of a
-        snapshot, or of any other file, whose bytes become the array "data"; of a model folder, all of which
-        goes in (weights, configuration, tokenizer ...), but not hidden files nor the same weights in further
-        formats; a list of such, folders then for their weights only; a binary file object; or "-" for
-        standard input.
+        bytes again; the path or URL of a container (.npy, .npz, .gguf, .safetensors, .pt, an index of
+        shards), of a snapshot, or of any other file, whose bytes become the array "data"; of a model folder,
+        all of which goes in (weights, configuration, tokenizer ...), but not hidden files nor the same
+        weights in further formats; a list of such, folders then for their weights only; a binary file
+        object; or "-" for standard input.
     codec, level, chunk_size, planes, threads: see `BuildOptions`.
     metadata, array_metadata: JSON, kept with what the source says, over which they win.
     overwrite: whether to replace an existing destination: None, if it is a snapshot or empty; True,

@@ -61,7 +61,7 @@ class ArrayEntry(NamedTuple):
 class Directory:
     """All arrays of one container, sorted by (file, offset).
 
-    format: "raw", "npy", "npz", "safetensors", "torch" or, of shards, "safetensors-sharded".
+    format: "raw", "npy", "npz", "gguf", "safetensors", "torch" or, of shards, "safetensors-sharded".
     files: the blobs, in the order that ArrayEntry.file counts; some may hold no array.
     file_names: for each, its name relative to the container (what `extract` writes).
     metadata: the container's own user metadata (safetensors' __metadata__), JSON-able.

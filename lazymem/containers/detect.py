@@ -12,10 +12,10 @@ from typing import Final
 from ..errors import FormatError, OptionError
 from ..store import locations
 from ..store.base import Blob, Opener
-from . import folder, npy, npz, raw, safetensors, torchzip, zipped
+from . import folder, gguf, npy, npz, raw, safetensors, torchzip, zipped
 from .base import Directory, read_head, unsupported
 
-FORMATS: Final = ("raw", "npy", "npz", "safetensors", "safetensors-sharded", "torch")
+FORMATS: Final = ("raw", "npy", "npz", "safetensors", "safetensors-sharded", "torch", "gguf")
 
 # What torch.save wrote before 1.6, and on request still does: first a pickled magic number, of any protocol.
 _TORCH_LEGACY: Final = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -75,6 +75,8 @@ def read_container(blob: Blob, head: bytes, as_format: str | None = None) -> Dir
         return _read_zip(blob, head, as_format == "npz" or suffix == ".npz")
     if as_format == "torch":
         return torchzip.read_torch(blob, head)
+    if as_format == "gguf" or (as_format is None and head.startswith(gguf.MAGIC)):
+        return gguf.read_gguf(blob, head)
     if as_format == "safetensors" or safetensors.looks_like(head, blob.size):
         return safetensors.read_safetensors(blob, head)
     if suffix == ".npy":
@@ -83,6 +85,8 @@ def read_container(blob: Blob, head: bytes, as_format: str | None = None) -> Dir
         return npz.read_npz(blob)
     if suffix == safetensors.SUFFIX:
         return safetensors.read_safetensors(blob, head)
+    if suffix == gguf.SUFFIX:
+        return gguf.read_gguf(blob, head)
     return raw.read_raw(blob)
 
 

@@ -343,11 +343,11 @@ def _merge(
     try:
         for number, shard in enumerate(shards):
             name = shard.file_names[0]
-            for entry in shard.arrays:
-                if entry.name in owner:
-                    found = f"is in shard {owner[entry.name]!r} too"
-                    raise damaged(shard.files[0].url, _tensor(entry.name), found)
-                owner[entry.name] = name
+            for tensor in (*(entry.name for entry in shard.arrays), *(view.name for view in shard.views)):
+                if tensor in owner:
+                    found = f"is in shard {owner[tensor]!r} too"
+                    raise damaged(shard.files[0].url, _tensor(tensor), found)
+                owner[tensor] = name
             arrays += [entry._replace(file=number) for entry in shard.arrays] if number else shard.arrays
             metadata = {**shard.metadata, **metadata}
         for tensor, name in (weight_map or {}).items():
@@ -364,6 +364,7 @@ def _merge(
         [shard.file_names[0] for shard in shards],
         arrays,
         {**metadata, **(index_metadata or {})},
+        views=[view for shard in shards for view in shard.views],
     )
 
 

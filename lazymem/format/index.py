@@ -179,8 +179,11 @@ class SnapshotIndex:
         array_bytes = int(self.arrays["nbytes"][~hidden].sum())
         stored_bytes = int(self.records["stored_length"].sum(dtype=np.uint64))
         codecs = np.bincount(self.records["codec"], minlength=len(structs.CODEC_NAMES)).tolist()
-        widths = np.bincount(self.records["width"], minlength=9).tolist()
-        filters = {f"planes{width}": widths[width] for width in structs.PLANE_WIDTHS if widths[width]}
+        filters: dict[str, int] = {}
+        for kind, name in structs.FILTER_NAMES.items():
+            own = self.records["width"][self.records["filter"] == kind]
+            widths = np.bincount(own, minlength=9).tolist()
+            filters |= {f"{name}{width}": widths[width] for width in structs.PLANE_WIDTHS if widths[width]}
         return IndexSummary(
             arrays=len(self.rows) + len(self.views),
             views=len(self.views),

@@ -172,6 +172,8 @@ ZSTD: Final = 2
 CODEC_NAMES: Final = {RAW: "raw", LZ4: "lz4", ZSTD: "zstd"}
 FILTER_NONE: Final = 0
 FILTER_PLANES: Final = 1
+FILTER_FLOAT_PLANES: Final = 2
+FILTER_NAMES: Final = {FILTER_PLANES: "planes", FILTER_FLOAT_PLANES: "float-planes"}
 PLANE_WIDTHS: Final = (2, 4, 8)
 ZERO_RUN: Final = 0xFFFF_FFFF_FFFF_FFFF
 

@@ -70,7 +70,7 @@ def check_records(url: str, records: NDArray[np.void], chunk_size: int, last_len
     row = _first(codec > structs.ZSTD)
     if row is not None:
         raise unsupported(url, f"{field} record {row}", f"has codec {codec[row]}")
-    row = _first(kind > structs.FILTER_PLANES)
+    row = _first(kind > structs.FILTER_FLOAT_PLANES)
     if row is not None:
         raise unsupported(url, f"{field} record {row}", f"has filter {kind[row]}")
 
@@ -82,7 +82,7 @@ def check_records(url: str, records: NDArray[np.void], chunk_size: int, last_len
     refuse(records["flags"] != 0, "has flags that no file may have")
     refuse(records["source"] != 0, "names a source other than this file")
     refuse((records["reserved0"] != 0) | (records["reserved1"] != 0), "has reserved bytes that are not zero")
-    planes = kind == structs.FILTER_PLANES
+    planes = kind != structs.FILTER_NONE
     refuse(planes & ~_IS_PLANE_WIDTH[records["width"]], "has an impossible plane width")
     refuse(~planes & (records["width"] != 0), "has a plane width but no planes")
     refuse((stored < 1) | (stored > lengths), "has an impossible stored_length")

@@ -9,6 +9,11 @@ own .pt and .bin, .gguf, local or by URL. Tensors are copy-on-write: what is wri
 process. They keep the region alive. Needs torch: pip install 'lazymem[torch]'.
 """
 
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("tensors need torch, which is not installed: pip install 'lazymem[torch]'") from error
+
 from .loading import load_file, load_model, open
 from .mapping import Tensors
 

@@ -14,15 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..dtypes import EXTENSION_DTYPES
 from ..errors import OptionError, UnsupportedDtype
-
-try:
-    import torch
-except ImportError as error:
-    raise ImportError("tensors need torch, which is not installed: pip install 'lazymem[torch]'") from error
 
 _NO_METADATA: Final[Mapping[str, Any]] = {}
 

@@ -10,6 +10,13 @@ and model folders as they are, local or by URL. Nothing is fetched from a hub. N
 pip install 'lazymem[transformers]'.
 """
 
+try:
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "models need transformers, which is not installed: pip install 'lazymem[transformers]'"
+    ) from error
+
 from .files import local_files
 from .pretrained import from_pretrained
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 
 from .. import snapshot as snapshots
 from ..errors import FormatError, OptionError, UnsupportedFormat
@@ -24,12 +25,6 @@ from ..snapshot import Snapshot
 from .deferred import Composed, Deferred, defer, realize
 from .files import write_files
 
-try:
-    import transformers
-except ImportError as error:
-    raise ImportError(
-        "models need transformers, which is not installed: pip install 'lazymem[transformers]'"
-    ) from error
 from .redirection import EMPTY_FILE, shown_as
 
 

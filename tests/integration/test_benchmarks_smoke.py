@@ -16,7 +16,7 @@ from benchmarks.harness import Case, run_cases
 from ..children import check_child
 
 ROOT = Path(__file__).resolve().parents[2]
-QUESTIONS = ("first_element", "full_scan", "random_touch", "memory", "fault_profile")
+QUESTIONS = ("first_element", "full_scan", "random_touch", "memory", "fault_profile", "weights")
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -218,7 +218,9 @@ def test_load_model_names_what_does_not_fit(saved: Path, tmp_path: Path) -> None
             self.more = torch.nn.Linear(2, 2)
             del self.norm
 
-    with pytest.raises(RuntimeError, match=r'Missing key.*"more\.bias", "more\.weight"[\s\S]*Unexpected key.*norm'):
+    with pytest.raises(
+        RuntimeError, match=r'Missing key.*"more\.bias", "more\.weight"[\s\S]*Unexpected key.*norm'
+    ):
         lazymem.torch.load_model(Other(), saved)
     missing, unexpected = lazymem.torch.load_model(Other(), saved, strict=False)
     assert missing == {"more.bias", "more.weight"}
@@ -274,7 +276,11 @@ def test_order_of_the_model_is_the_order_of_requests(s3: Bucket, proxy: HostileP
 
 
 def big_file(folder: Path) -> tuple[Path, dict[str, Any]]:
-    tensors = {"a": torch.randn(PIECE // 4 + 12_345), "b": torch.randn(1000, 1000).bfloat16(), "c": torch.ones(3)}
+    tensors = {
+        "a": torch.randn(PIECE // 4 + 12_345),
+        "b": torch.randn(1000, 1000).bfloat16(),
+        "c": torch.ones(3),
+    }
     tensors["t"] = torch.randn(300, 200)
     save_file(tensors, folder / "big.safetensors")
     return folder / "big.safetensors", tensors

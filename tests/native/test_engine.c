@@ -41,10 +41,10 @@ static int make_source(lm_chunk_record *records)
         size_t length = chunk == CHUNKS - 1 ? TAIL : CHUNK;
 
         fill_random(bytes, length, chunk + 1);
-        CHECK(lm_planes_split(bytes, planes, length, 4) == 0);
+        CHECK(lm_planes_split(bytes, planes, length, 4, LM_FILTER_PLANES + (int)(i % 4 / 2)) == 0);
         records[i] = (lm_chunk_record){ .offset = at, .stored_length = (uint32_t)length };
         if (i % 2) {
-            records[i].filter = LM_FILTER_PLANES;
+            records[i].filter = (uint8_t)(LM_FILTER_PLANES + i % 4 / 2);
             records[i].width = 4;
         }
         records[i].checksum = lm_codec_checksum(i % 2 ? planes : bytes, length);

@@ -16,27 +16,39 @@
 static void test_planes_match_the_definition_for_every_length(void)
 {
     static const int widths[] = { 2, 4, 8 };
-    unsigned char in[600], out[600], back[600];
+    unsigned char in[600], turned[600], out[600], back[600];
     size_t length, i;
     int w;
 
     fill_random(in, sizeof in, 3);
-    for (w = 0; w < 3; w++) {
-        size_t width = (size_t)widths[w];
+    for (w = 0; w < 6; w++) {
+        size_t width = (size_t)widths[w % 3];
+        int filter = w < 3 ? LM_FILTER_PLANES : LM_FILTER_FLOAT_PLANES;
+
+        /* Bit by bit: the highest bit of an element becomes the lowest, all others move up. */
+        memset(turned, 0, sizeof turned);
+        for (i = 0; i < 8 * (sizeof in / width) * width; i++) {
+            size_t bits = 8 * width, first = i / bits * bits;
+            size_t to = w < 3 ? i : first + (i - first + 1) % bits;
+
+            turned[to / 8] |= (unsigned char)((in[i / 8] >> i % 8 & 1) << to % 8);
+        }
 
         for (length = 0; length <= sizeof in; length++) {
             size_t count = length / width;
 
-            CHECK(lm_planes_split(in, out, length, (int)width) == 0);
+            CHECK(lm_planes_split(in, out, length, (int)width, filter) == 0);
             for (i = 0; i < count * width; i++)
-                CHECK(out[(i % width) * count + i / width] == in[i]);
+                CHECK(out[(i % width) * count + i / width] == turned[i]);
             CHECK(memcmp(out + count * width, in + count * width, length % width) == 0);
-            CHECK(lm_planes_join(out, back, length, (int)width) == 0);
+            CHECK(lm_planes_join(out, back, length, (int)width, filter) == 0);
             CHECK(memcmp(in, back, length) == 0);
         }
     }
-    CHECK(lm_planes_split(in, out, 10, 3) == -EINVAL);
-    CHECK(lm_planes_join(in, out, 10, 16) == -EINVAL);
+    CHECK(lm_planes_split(in, out, 10, 3, LM_FILTER_PLANES) == -EINVAL);
+    CHECK(lm_planes_join(in, out, 10, 16, LM_FILTER_FLOAT_PLANES) == -EINVAL);
+    CHECK(lm_planes_split(in, out, 10, 2, LM_FILTER_NONE) == -EINVAL);
+    CHECK(lm_planes_join(in, out, 10, 2, 3) == -EINVAL);
 }
 
 static void test_zero_scan_sees_one_byte_anywhere(void)
@@ -81,6 +93,8 @@ static void test_decoder_refuses_what_a_record_may_not_say(void)
     record.filter = LM_FILTER_PLANES;
     record.width = 5;
     CHECK(lm_decoder_decode(decoder, &record, stored, out, 64) == LM_E_RECORD);
+    record.filter = LM_FILTER_FLOAT_PLANES;
+    CHECK(lm_decoder_decode(decoder, &record, stored, out, 64) == LM_E_RECORD);
     record.filter = LM_FILTER_NONE;
     record.codec = LM_CODEC_ZSTD;
     CHECK(lm_decoder_decode(decoder, &record, stored, out, 64) == LM_E_DECODE);
@@ -104,7 +118,7 @@ static void test_decoders_survive_noise(void)
         lm_chunk_record record = {
             .stored_length = (uint32_t)length,
             .codec = (uint8_t)(1 + next_random(&seed) % 2),
-            .filter = (uint8_t)(next_random(&seed) % 2),
+            .filter = (uint8_t)(next_random(&seed) % 3),
             .width = 4,
         };
 

@@ -213,4 +213,4 @@ def test_damage_at_every_byte_is_refused_or_harmless(tmp_path: Path, name: str) 
 
 
 def test_formats_are_those_that_can_be_asked_for() -> None:
-    assert FORMATS == ("raw", "npy", "npz", "safetensors", "safetensors-sharded", "torch")
+    assert FORMATS == ("raw", "npy", "npz", "safetensors", "safetensors-sharded", "torch", "gguf")

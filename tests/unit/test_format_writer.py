@@ -95,6 +95,37 @@ def test_planes_are_chosen_where_they_pay() -> None:
     assert set(parse(write_snapshot({"w": integers}, planes=True)).records["width"].tolist()) == {0}
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [("f4", 2), (ml_dtypes.bfloat16, 2), ("f2", 2), ("f8", 1)])
+@pytest.mark.parametrize("chunk_size", [CHUNK, 1 << 21])
+def test_float_planes_are_chosen_for_weights(dtype: Any, kind: int, chunk_size: int) -> None:
+    weights = (RNG.standard_normal(1 << 20) * 0.02).astype(dtype)
+    data = write_snapshot({"w": weights}, chunk_size=chunk_size)
+    index = parse(data)
+    assert set(index.records["filter"].tolist()) == {kind}
+    assert set(index.records["codec"].tolist()) == {structs.ZSTD}
+    assert b"".join(SnapshotReader(MemoryBlob(data)).read_range(0, weights.nbytes)) == weights.tobytes()
+    assert index.summary().filters == {f"{structs.FILTER_NAMES[kind]}{weights.itemsize}": len(index.records)}
+
+
+@pytest.mark.parametrize("level", [-5, 1, 19])
+def test_a_level_that_is_asked_for_gives_the_smaller_of_the_ways(level: int) -> None:
+    weights = (RNG.standard_normal(1 << 20) * 0.02).astype(ml_dtypes.bfloat16)
+    stored = parse(write_snapshot({"w": weights}, level=level, chunk_size=1 << 21)).records["stored_length"]
+    default = parse(write_snapshot({"w": weights}, chunk_size=1 << 21)).records["stored_length"]
+    assert stored.sum() <= default.sum()
+
+
+def test_float_planes_need_zstd_and_are_smaller_than_planes() -> None:
+    weights = (RNG.standard_normal(1 << 20) * 0.02).astype(ml_dtypes.bfloat16)
+    stored = parse(write_snapshot({"w": weights}, chunk_size=1 << 21)).records["stored_length"].sum()
+    assert weights.nbytes / stored > 1.5
+    lz4 = parse(write_snapshot({"w": weights}, codec="lz4", planes=True))
+    assert structs.FILTER_FLOAT_PLANES not in lz4.records["filter"].tolist()
+    plain = parse(write_snapshot({"w": weights}, planes=False))
+    assert set(plain.records["filter"].tolist()) == {0}
+    assert plain.records["stored_length"].sum() > stored
+
+
 @pytest.mark.parametrize(
     ("dtype", "width"),
     [
