@@ -14,12 +14,14 @@ The same call gives the same, with these differences, each on purpose:
   Devices may be "meta" and `torch.device`. Handles pickle, by reference.
 - numpy arrays are views of the file, copy-on-write, as tensors are: two of one name share their memory.
   So do tensors under backend "pread", which here reads chunk by chunk instead of tensor by tensor.
-- bfloat16 and the float8 dtypes come as ml_dtypes' in numpy; there, and in `load`, safetensors 0.8 has none.
+- float8 comes as ml_dtypes' in numpy, and bfloat16 from `load`, too, and whoever imported ml_dtypes; that
+  version raises `AttributeError`, `KeyError` or `TypeError`.
 - F4 tensors can be sliced, and had with backend "pread"; slices count pairs as the tensors do.
 - Tensors without elements have a storage without an address, and so count as complete.
 - A slice that ends before it begins is a `SafetensorError`; safetensors panics or returns garbage.
-- Files: a key that stands twice, a tensor that is a JSON list, and more than 64 dimensions are errors; a
-  length of -0 is 0. An empty `__metadata__` reads as None.
+- Files: a key that stands twice, a tensor that is a JSON list, and shapes that no array can have (more
+  than 64 dimensions, 2**63 behind a zero) are errors; a length of -0 is 0; an empty `__metadata__` reads
+  as None.
 - `load_model` replaces what parameters show instead of copying into them; parameters on the meta device
   become real; tensors that share memory in the model are no error where they do not overlap.
 - Errors that are safetensors' are lazymem's as well, and name the file.

@@ -223,6 +223,15 @@ DIFFERENCES = [
         _truth,
     ),
     Difference(
+        "an impossible length behind a zero",
+        "no array can have it: refused at once, not when the tensor is asked for",
+        lambda package, folder: len(
+            package.safe_open(_file(folder, make_file({"t": entry(shape=[0, 2**63], end=0)})), "np").keys()
+        ),
+        _is(1),
+        SafetensorError,
+    ),
+    Difference(
         "a length of -0",
         "it is 0 in JSON",
         lambda package, folder: package.safe_open(

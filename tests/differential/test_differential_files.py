@@ -162,7 +162,8 @@ headers = st.dictionaries(
     st.fixed_dictionaries(
         {
             "dtype": st.sampled_from(["F32", "U8", "BF16", "BOOL", "F4", "F6_E2M3", "X", None]),
-            "shape": st.lists(numbers, max_size=3) | st.none(),
+            # A huge length beside a zero: see the table of differences.
+            "shape": st.lists(numbers.filter(lambda length: length != 2**63), max_size=3) | st.none(),
             "data_offsets": st.lists(numbers, min_size=2, max_size=3),
         }
     )
