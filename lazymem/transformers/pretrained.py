@@ -24,7 +24,6 @@ from ..progress import Progress, reporting
 from ..snapshot import Snapshot
 from .deferred import Composed, Deferred, defer, realize
 from .files import write_files
-
 from .redirection import EMPTY_FILE, shown_as
 
 

@@ -125,7 +125,7 @@ def test_dtype_is_converted_chunk_by_chunk(tmp_path: Path) -> None:
 
 def test_bad_options_are_named(tmp_path: Path) -> None:
     save_file({"x": torch.ones(3)}, tmp_path / "m.safetensors")
-    with pytest.raises(lazymem.OptionError, match="torch.bfloat16"):
+    with pytest.raises(lazymem.OptionError, match=r"torch\.bfloat16"):
         lazymem.torch.load_file(tmp_path / "m.safetensors", dtype="no such thing")
     with pytest.raises(lazymem.OptionError, match="float16, bfloat16"):
         lazymem.torch.load_file(tmp_path / "m.safetensors", dtype=torch.int8)
@@ -227,7 +227,7 @@ def test_load_model_names_what_does_not_fit(saved: Path, tmp_path: Path) -> None
     assert sorted(unexpected)[0] == "norm.bias"
     model = Net()
     model.layers[1] = torch.nn.Linear(16, 17)
-    with pytest.raises(RuntimeError, match="size mismatch for layers.1.weight"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for layers\.1\.weight"):
         lazymem.torch.load_model(model, saved)
 
 
