@@ -305,20 +305,22 @@ class Region:
         """
         process = os.getpid()
         with self._errors():
-            # What is waited for goes before what is not; last pushed goes first.
-            for first, count in reversed(spans) if wait else spans:
-                self._queue(first, count, urgent=wait)
-            if wait:
-                done, total = 0, sum(count for _, count in spans)
-                for first, count in spans:
-                    for there in self._wait(first, count, process):
-                        if progress is not None:
-                            progress((done + there) * self.chunk_size, total * self.chunk_size)
-                    done += count
+            self._queue(spans, urgent=wait)
+            if not wait:
+                return
+            done, total = 0, sum(count for _, count in spans)
+            for first, count in spans:
+                for there in self._wait(first, count, process):
+                    if progress is not None:
+                        progress((done + there) * self.chunk_size, total * self.chunk_size)
+                done += count
 
-    def _queue(self, first: int, count: int, *, urgent: bool) -> None:
-        while not self._native.prefetch(first, count, urgent=urgent):
+    def _queue(self, spans: Sequence[Span], *, urgent: bool) -> None:
+        # What is waited for goes before what is not, all of it, as far as there is room.
+        queued = self._native.prefetch(spans, urgent=urgent)
+        while queued < len(spans):
             time.sleep(_WAIT_MS / 1000)  # full: 16,384 spans are waiting
+            queued += self._native.prefetch(spans[queued:], urgent=urgent)
 
     def _wait(self, first: int, count: int, process: int) -> Iterator[int]:
         """Wait, and say now and then how many chunks are in place. process: the one that queued the span."""
@@ -326,7 +328,7 @@ class Region:
         while not done:
             if os.getpid() != process:  # a signal handler has forked: the queue stayed with the parent
                 process = os.getpid()
-                self._queue(first, count, urgent=True)
+                self._queue([(first, count)], urgent=True)
             done, cursor = self._native.wait(first, count, cursor, _WAIT_MS)
             yield min(cursor - first, count)
 

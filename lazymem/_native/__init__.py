@@ -450,13 +450,13 @@ class NativeRegion:
     def seal(self) -> None:
         _check(lib.lm_region_seal(self._handle))
 
-    def prefetch(self, first: int, count: int, *, urgent: bool) -> bool:
-        """False if the queue is full for now. urgent: before what is queued already."""
-        code = lib.lm_region_prefetch(self._handle, first, count, urgent)
-        if code == lib.LM_E_FULL:
-            return False
-        _check(code)
-        return True
+    def prefetch(self, spans: Sequence[tuple[int, int]], *, urgent: bool) -> int:
+        """Queue (first chunk, count) spans, in order; how many of them, the first ones, there was room for.
+
+        urgent: before what is queued already.
+        """
+        table = ffi.new("lm_chunk_span[]", list(spans))
+        return _check(lib.lm_region_prefetch_spans(self._handle, table, len(spans), urgent))
 
     def wait(self, first: int, count: int, cursor: int, timeout_ms: int) -> tuple[bool, int]:
         """Whether all are present, and how far it got; raises `NativeError` with the chunk that failed."""

@@ -136,6 +136,11 @@ static struct lm_queue *queue_of(const struct lm_region *region)
     return region->composed ? &engine->composing : &engine->remote;
 }
 
+int lm_engine_span_room_locked(const struct lm_region *region)
+{
+    return (int)(LM_QUEUE_SPANS - queue_of(region)->span_count);
+}
+
 bool lm_engine_push_span_locked(const struct lm_span *span, bool front)
 {
     if (!lm_queue_push_span(queue_of(span->region), span, front))

@@ -143,6 +143,7 @@ void lm_engine_remove(struct lm_region *region);
 /* Whether chunks of the region come by way of the courier: remote, and not composed. */
 bool lm_engine_by_courier(const struct lm_region *region);
 /* Where spans of a region are put, and rouse whoever takes them from there. lock is held. */
+int lm_engine_span_room_locked(const struct lm_region *region);
 bool lm_engine_push_span_locked(const struct lm_span *span, bool front);
 /* No room in a queue: give the chunk back, and let whoever waits for it fault again. lock is held. */
 void lm_engine_turn_away_locked(const struct lm_task *task);

@@ -328,8 +328,13 @@ uint64_t lm_region_chunk_size(lm_region *region); /* of a plain mapping: the uni
 int lm_region_backend(lm_region *region);
 int lm_region_install(lm_region *region);
 
-/* Queue chunks [first, first + count) for populating; failed ones are tried again. urgent: before what
- * is queued already, because somebody waits for them. */
+/* Queue spans of chunks for populating, in this order; failed ones are tried again. urgent: before what is
+ * queued already, because somebody waits for them. Returns how many there was room for: the first ones. */
+typedef struct {
+    uint64_t first, count; /* chunks */
+} lm_chunk_span;
+int lm_region_prefetch_spans(lm_region *region, const lm_chunk_span *spans, int count, int urgent);
+/* One span, or LM_E_FULL. */
 int lm_region_prefetch(lm_region *region, uint64_t first, uint64_t count, int urgent);
 /* Wait until all of them are present. 1: they are. 0: time ran out. Negative: why a chunk failed,
  * with *ret_chunk naming it. Restartable: *cursor says how far it got (start it at first). */

@@ -555,6 +555,8 @@ static int map_prefetch(lm_region *region, uint64_t first, uint64_t count)
 {
     uint64_t start = first * LM_MAP_CHUNK, end = (first + count) * LM_MAP_CHUNK;
 
+    if (count == 0)
+        return 0;
     return lm_sys_advise(region->base + start, (end < region->size ? end : region->size) - start,
                          MADV_WILLNEED);
 }
@@ -574,10 +576,10 @@ static void reset_failed_locked(struct lm_region *region, uint64_t first, uint64
             lm_table_reset(&region->table, region->errors[i].chunk);
 }
 
-static int queue_span(struct lm_region *region, uint64_t first, uint64_t count, bool urgent)
+/* Together, so that whoever takes from the queue begins with the first. */
+static int queue_spans(struct lm_region *region, const lm_chunk_span *spans, int count, bool urgent)
 {
-    struct lm_span span = { .region = region, .next = first, .end = first + count };
-    int error;
+    int room, error, i;
 
     pthread_mutex_lock(&lm_engine.lifecycle);
     error = lm_engine_threads_locked();
@@ -585,29 +587,48 @@ static int queue_span(struct lm_region *region, uint64_t first, uint64_t count, 
     if (error < 0)
         return error;
     pthread_mutex_lock(&lm_engine.lock);
+    room = lm_engine_span_room_locked(region);
     if (region->closing)
         error = LM_E_CLOSED;
-    else if (!lm_engine_push_span_locked(&span, urgent))
-        error = LM_E_FULL;
-    if (error == 0) /* nobody looks at the span before the lock is let go */
-        reset_failed_locked(region, first, first + count);
+    else if (count > room)
+        count = room;
+    for (i = 0; i < count && error == 0; i++) {
+        const lm_chunk_span *given = &spans[urgent ? count - 1 - i : i]; /* each goes before the others */
+        struct lm_span span = { .region = region, .next = given->first, .end = given->first + given->count };
+
+        if (given->count == 0)
+            continue;
+        (void)lm_engine_push_span_locked(&span, urgent);
+        reset_failed_locked(region, span.next, span.end);
+    }
     pthread_mutex_unlock(&lm_engine.lock);
-    return error;
+    return error < 0 ? error : count;
+}
+
+int lm_region_prefetch_spans(lm_region *region, const lm_chunk_span *spans, int count, int urgent)
+{
+    uint64_t chunks = lm_region_chunk_count(region);
+    int i, error;
+
+    for (i = 0; i < count; i++)
+        if (spans[i].first > chunks || spans[i].count > chunks - spans[i].first)
+            return -EINVAL;
+    error = enter(region);
+    if (error < 0)
+        return error;
+    if (region->backend != LM_BACKEND_MAP)
+        return leave(region, count == 0 ? 0 : queue_spans(region, spans, count, urgent != 0));
+    for (i = 0; i < count && error == 0; i++)
+        error = map_prefetch(region, spans[i].first, spans[i].count);
+    return leave(region, error < 0 ? error : count);
 }
 
 int lm_region_prefetch(lm_region *region, uint64_t first, uint64_t count, int urgent)
 {
-    uint64_t chunks = lm_region_chunk_count(region);
-    int error;
+    lm_chunk_span span = { .first = first, .count = count };
+    int queued = lm_region_prefetch_spans(region, &span, 1, urgent);
 
-    if (first > chunks || count > chunks - first)
-        return -EINVAL;
-    error = enter(region);
-    if (error < 0 || count == 0)
-        return error < 0 ? error : leave(region, 0);
-    return leave(region, region->backend == LM_BACKEND_MAP
-                             ? map_prefetch(region, first, count)
-                             : queue_span(region, first, count, urgent != 0));
+    return queued < 0 ? queued : queued == 1 ? 0 : LM_E_FULL;
 }
 
 void lm_region_record_error_locked(struct lm_region *region, uint64_t chunk, int code, const char *text)

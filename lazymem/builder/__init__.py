@@ -170,7 +170,7 @@ def _copy(
                 offsets[item.name] = writer.add_stream(item.name)
             else:
                 offsets[item.name] = writer.add_array(
-                    item.name, item.dtype, item.shape, item.order, hidden=item.hidden
+                    item.name, item.dtype, item.shape, item.order, hidden=item.hidden, phase=item.phase
                 )
             if item.metadata:
                 metadata[item.name] = item.metadata

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ..containers.base import ArrayEntry, Directory
 from ..errors import BuildError, FormatError, SnapshotChanged
 from ..format import structs
+from ..format.layout import SMALL_ALIGNMENT
 from ..format.origin import DeflatedMember, Origin, OriginFile, unsafe_name
 from ..store.ahead import AheadBlob
 from ..store.base import Blob
@@ -109,7 +110,9 @@ class ContainerSource:
                 if entry.nbytes:
                     self._extents.append((number, entry.offset, entry.name, 0, entry.nbytes))
                 pieces = self._read(number, blob, entry.offset, entry.nbytes)
-                yield _item(entry, pieces)
+                keeps = self._directory.format.startswith("safetensors")
+                aligned = entry.offset % (entry.dtype.itemsize or 1) == 0
+                yield _item(entry, pieces, entry.offset % SMALL_ALIGNMENT if keeps and aligned else 0)
             else:
                 yield from self._deflated(number, blob, entry)
         if cursor < blob.size:
@@ -189,8 +192,10 @@ class ContainerSource:
         return Origin(directory.format, reason is None, tuple(files), reason), extents
 
 
-def _item(entry: ArrayEntry, pieces: Iterator[Piece]) -> Item:
-    return Item(entry.name, entry.dtype, entry.shape, pieces, entry.order, entry.hidden, entry.metadata)
+def _item(entry: ArrayEntry, pieces: Iterator[Piece], phase: int = 0) -> Item:
+    return Item(
+        entry.name, entry.dtype, entry.shape, pieces, entry.order, entry.hidden, entry.metadata, phase
+    )
 
 
 def _file_name(name: str, number: int) -> str:

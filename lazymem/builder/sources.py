@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..dtypes import dtype_to_json
 from ..errors import BuildError, FormatError, UnsupportedDtype
 from ..format import structs
+from ..format.layout import SMALL_ALIGNMENT
 from ..format.origin import Origin, OriginFile
 from ..format.reader import SnapshotReader
 from ..store.base import Blob
@@ -32,7 +33,10 @@ Piece = bytes | memoryview | NDArray[np.uint8] | int
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One array on its way into a snapshot. shape None: one dimension, as long as its pieces."""
+    """One array on its way into a snapshot. shape None: one dimension, as long as its pieces.
+
+    phase: where it begins within 64 bytes, see format/layout.py.
+    """
 
     name: str
     dtype: np.dtype[Any]
@@ -41,6 +45,7 @@ class Item:
     order: str = "C"
     hidden: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    phase: int = 0
 
 
 #: Closed by who takes them, at the last one or before: a source may have threads at work for them.
@@ -233,6 +238,7 @@ class SnapshotSource:
                     index.order_of(row),
                     index.is_hidden(row),
                     index.array_metadata.get(name, {}),
+                    phase=index.range_of(row)[0] % SMALL_ALIGNMENT,
                 )
 
     def _pieces(self, offset: int, length: int) -> Iterator[Piece]:

@@ -9,6 +9,11 @@ bytes in the file, and the rest compresses away.
 - An array of 2 MiB or more starts on a 2 MiB boundary too, so that huge pages can be moved in.
 - From 4096 bytes on an array starts on a page; smaller ones are packed at 64 bytes (a cache line,
   and more than any dtype's alignment).
+- An array may ask for a *phase*: it then starts that many bytes, fewer than 64, after where it would start
+  else. Arrays of a safetensors file keep their file's: some libraries' sums come out different in the last
+  bit when a vector begins in the middle of 16 bytes (MKL's product of a matrix and one row, measured), and
+  a model shall give the same answers from its snapshot as from its file. Of a big array then the last few
+  bytes may lie in the chunk that the next one begins in.
 - An array of at most an eighth of a chunk never straddles two chunks: one touch, one chunk, for at
   most an eighth of a chunk wasted.
 """
@@ -38,12 +43,13 @@ def alignment_of(nbytes: int, chunk_size: int) -> int:
     return alignment
 
 
-def place(cursor: int, nbytes: int, chunk_size: int) -> int:
+def place(cursor: int, nbytes: int, chunk_size: int, phase: int = 0) -> int:
     """Content offset of the next array, where all arrays so far end at or before `cursor`."""
     if nbytes == 0:
         return cursor
-    offset = align_up(cursor, alignment_of(nbytes, chunk_size))
+    start = max(0, cursor - phase)
+    offset = align_up(start, alignment_of(nbytes, chunk_size)) + phase
     straddles = offset // chunk_size != (offset + nbytes - 1) // chunk_size
     if straddles and nbytes <= chunk_size // UNSPLIT_FRACTION:
-        offset = align_up(offset, chunk_size)
+        offset = align_up(start, chunk_size) + phase
     return offset

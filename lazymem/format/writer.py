@@ -152,17 +152,18 @@ class SnapshotWriter:
         order: str = "C",
         *,
         hidden: bool = False,
+        phase: int = 0,
     ) -> int:
         """Begin an array and return its offset in the content; its bytes must follow, all of them.
 
-        order "F": the bytes come in Fortran order. hidden: the container's own bytes. Raises
-        `BuildError` for a name that a snapshot cannot have, `UnsupportedDtype` for such a dtype.
+        order "F": the bytes come in Fortran order. hidden: the container's own bytes. phase: see layout.py.
+        Raises `BuildError` for a name that a snapshot cannot have, `UnsupportedDtype` for such a dtype.
         """
         self._check_complete()
         nbytes = dtype.itemsize
         for length in shape:
             nbytes *= length
-        offset = layout.place(self._position, nbytes, self._chunk_size)
+        offset = layout.place(self._position, nbytes, self._chunk_size, phase)
         if offset + nbytes > structs.MAX_CONTENT:
             raise BuildError(f"array {name!r} would end beyond 2^46 bytes; split the snapshot in several")
         flags = (structs.FORTRAN if order == "F" else 0) | (structs.HIDDEN if hidden else 0)

@@ -159,7 +159,8 @@ chunks = set()
 for name in sys.argv[3:]:
     snap[name].sum()
     info = snap.info(name)
-    chunks |= set(range(info.offset // snap.chunk_size, (info.offset + info.nbytes - 1) // snap.chunk_size + 1))
+    last = (info.offset + info.nbytes - 1) // snap.chunk_size
+    chunks |= set(range(info.offset // snap.chunk_size, last + 1))
 print(json.dumps([len(chunks), snap.stats().chunks_populated, snap.chunk_count, snap.chunk_size]))
 """
 

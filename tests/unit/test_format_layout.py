@@ -43,6 +43,17 @@ def test_place_small_array_does_not_straddle_chunks() -> None:
     assert layout.place(chunk - 128, 100, chunk) == chunk - 128
 
 
+def test_place_keeps_the_phase_that_is_asked_for() -> None:
+    chunk = 1 << 16
+    assert layout.place(0, chunk, chunk, 8) == 8
+    assert layout.place(chunk + 8, chunk, chunk, 8) == chunk + 8  # right behind the one before
+    assert layout.place(chunk + 9, chunk, chunk, 8) == 2 * chunk + 8
+    assert layout.place(10, 100, chunk, 8) == 64 + 8
+    assert layout.place(4, 100, chunk, 8) == 8
+    assert layout.place(chunk - 60, 100, chunk, 8) == chunk + 8
+    assert layout.place(5000, 5000, chunk, 40) == 2 * 4096 + 40
+
+
 def test_place_empty_array_takes_no_room() -> None:
     assert layout.place(123, 0, 1 << 16) == 123
 
