@@ -66,5 +66,5 @@ class BuildExt(build_ext):
         if os.environ.get("LAZYMEM_WERROR") == "1":
             ext.extra_compile_args.append("-Werror")
         ext.extra_link_args = ["-pthread"]
-        ext.libraries = ["dl"]
+        ext.libraries = ["dl", "m"]
         super().build_extension(ext)

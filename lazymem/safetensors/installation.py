@@ -18,6 +18,7 @@ from typing import Any
 
 from . import memory, opening, package
 from .handle import safe_open, safe_open_handle
+from .routing import Routing
 
 _lock = threading.RLock()
 _installed: _Replacement | None = None
@@ -55,8 +56,9 @@ class Installation:
 def install() -> Installation:
     """Put lazymem in place of what reads in `safetensors`, `.torch`, `.numpy`, and in modules that took it.
 
-    `s3://`, `.lzm` and whatever else `safe_open` takes work there then. May be called more than once: each
-    call is undone by itself. torch, if there is one, is imported. Raises `ImportError` without safetensors.
+    `s3://`, `.lzm` and whatever else `safe_open` takes work there then, and in the from_pretrained methods of
+    transformers (see `routing`). May be called more than once: each call is undone by itself. torch, if there
+    is one, is imported. Raises `ImportError` without safetensors.
     """
     global _installed, _depth
     with _lock:
@@ -87,6 +89,7 @@ class _Replacement:
 
     def __init__(self) -> None:
         self.opened: list[str] = []
+        self._routing = Routing()
         root = package.installed()
         self._originals = {"safe_open": root.safe_open, "deserialize": root.deserialize}
         self._pairs: list[tuple[Any, Any]] = [
@@ -110,8 +113,10 @@ class _Replacement:
         package.originals.update(self._originals)
         opening.watchers.append(self.opened)
         _exchange(self._pairs)
+        self._routing.apply()
 
     def undo(self) -> None:
+        self._routing.undo()
         _exchange([(ours, theirs) for theirs, ours in self._pairs])
         opening.watchers.remove(self.opened)
         package.originals.clear()

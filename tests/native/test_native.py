@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -31,14 +34,41 @@ def load_build() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
+    """The core, compiled once for each sanitizer."""
+    build = load_build()
+
+    @functools.cache
+    def compiled(sanitizer: str) -> list[Path]:
+        folder = tmp_path_factory.mktemp(sanitizer)
+        flags = [*build.FLAGS, "-g", "-O1", "-Werror", *SANITIZERS[sanitizer], f"-I{NATIVE}"]
+
+        def compile_one(name: str) -> Path:
+            target = folder / f"{name}.o"
+            subprocess.run(["cc", *flags, "-c", str(NATIVE / name), "-o", str(target)], check=True)
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(compile_one, build.SOURCES))
+
+    return compiled
+
+
+def link(program: str, sanitizer: str, objects: list[Path], folder: Path) -> Path:
+    target = folder / program
+    flags = [*load_build().FLAGS, "-g", "-O1", "-Werror", *SANITIZERS[sanitizer], f"-I{NATIVE}", f"-I{HERE}"]
+    sources = [str(HERE / f"{program}.c"), *map(str, objects)]
+    subprocess.run(["cc", *flags, *sources, "-o", str(target), "-ldl", "-lm"], check=True)
+    return target
+
+
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("program", ["test_uffd", "test_leaves", "test_engine", "test_fetch"])
-def test_native_program_passes(program: str, sanitizer: str, tmp_path: Path) -> None:
-    build = load_build()
-    target = tmp_path / program
-    sources = [HERE / f"{program}.c", *(NATIVE / name for name in build.SOURCES)]
-    flags = [*build.FLAGS, "-g", "-O1", "-Werror", *SANITIZERS[sanitizer], f"-I{NATIVE}", f"-I{HERE}"]
-    subprocess.run(["cc", *flags, *map(str, sources), "-o", str(target), "-ldl"], check=True)
+def test_native_program_passes(
+    program: str, sanitizer: str, objects: Callable[[str], list[Path]], tmp_path: Path
+) -> None:
+    target = link(program, sanitizer, objects(sanitizer), tmp_path)
     # The child of a fork may find a lock of the sanitizers' own allocator held by a thread that it does not
     # have (seen with GCC 12's ASan under load: the child hangs in pthread_create, inside libasan).
     arguments = ["fork"] if sanitizer == "plain" else []
@@ -54,13 +84,9 @@ def test_native_program_passes(program: str, sanitizer: str, tmp_path: Path) -> 
     assert done.stdout == "ok\n"
 
 
-def test_fetcher_that_cannot_be_started_is_an_error(tmp_path: Path) -> None:
-    build = load_build()
-    target = tmp_path / "test_fetch"
-    sources = [HERE / "test_fetch.c", *(NATIVE / name for name in build.SOURCES)]
-    subprocess.run(
-        ["cc", *build.FLAGS, f"-I{NATIVE}", f"-I{HERE}", *map(str, sources), "-o", str(target), "-ldl"],
-        check=True,
-    )
+def test_fetcher_that_cannot_be_started_is_an_error(
+    objects: Callable[[str], list[Path]], tmp_path: Path
+) -> None:
+    target = link("test_fetch", "plain", objects("plain"), tmp_path)
     done = subprocess.run([str(target), "nowhere"], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr

@@ -37,7 +37,7 @@ def test_hostile_files_under_address_sanitizer(tmp_path: Path) -> None:
     flags = [*build.FLAGS, *build.WRAPPER_FLAGS, "-g", "-shared", "-fPIC", *SANITIZERS["address"]]
     include = f"-I{sysconfig.get_path('include')}"
     target = str(native / f"_core{suffix}")
-    subprocess.run(["cc", *flags, include, *sources, "-o", target, "-ldl"], check=True)
+    subprocess.run(["cc", *flags, include, *sources, "-o", target, "-ldl", "-lm"], check=True)
     libasan = runtime("libasan.so")
     if not os.path.isabs(libasan):
         pytest.skip("the compiler has no shared ASan runtime")
