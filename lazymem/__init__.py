@@ -9,6 +9,7 @@
 from .builder import BuildReport, build
 from .carried import CarriedFile
 from .catalog import ArrayInfo
+from .composition import Part, Recipe
 from .copier import CopyReport, copy
 from .errors import (
     AccessDenied,
@@ -47,7 +48,9 @@ __all__ = [
     "LazymemError",
     "OptionError",
     "OutOfMemory",
+    "Part",
     "ReadError",
+    "Recipe",
     "Snapshot",
     "SnapshotChanged",
     "SnapshotClosed",

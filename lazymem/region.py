@@ -177,6 +177,11 @@ class Region:
         else:
             native = cls._open_faulting(url, layout, catalog.tables(), blobs, fds, options)
         region = cls(native, url, catalog, layout.content_size, blobs, options.mode)
+        try:
+            region.check_unchanged()  # from here on the core looks, too
+        except BaseException:
+            region.close()
+            raise
         if native.backend == "eager":
             try:
                 region.prefetch([(0, region.chunk_count)], wait=True)
@@ -275,6 +280,18 @@ class Region:
         self._check_open()
         return root
 
+    def check_unchanged(self) -> None:
+        """Raises `SnapshotChanged` if a local file was written to since it was opened.
+
+        Of a plain mapping nothing else would tell: it shows what the file holds now.
+        """
+        if any(map(_was_written, self._blobs)):
+            raise SnapshotChanged(
+                f"{self.url}: was written to while it was open, so its arrays are not what they were; open "
+                "it again",
+                url=self.url,
+            )
+
     def close(self) -> None:
         """Give the memory back. Idempotent. Blocks until chunks in flight are done.
 
@@ -314,6 +331,8 @@ class Region:
                     if progress is not None:
                         progress((done + there) * self.chunk_size, total * self.chunk_size)
                 done += count
+            if self.backend == "map":
+                self.check_unchanged()
 
     def _queue(self, spans: Sequence[Span], *, urgent: bool) -> None:
         # What is waited for goes before what is not, all of it, as far as there is room.
@@ -422,6 +441,13 @@ def _strips(layout: Layout) -> dict[str, Any]:
         "stock_chunk_size": stock.chunk_size,
         "stock_runs": stock.runs.tobytes(),
     }
+
+
+def _was_written(blob: Blob) -> bool:
+    try:
+        return blob.fileno() is not None and blob.has_changed()
+    except OSError:  # the application has closed all descriptors; the mapping stays
+        return False
 
 
 def _descriptor(blob: Blob) -> int:

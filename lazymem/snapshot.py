@@ -139,10 +139,12 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
         Writing to it is an error in mode "r" and private in mode "c". A touch whose bytes cannot be
         had ends in SIGBUS, after a line on stderr that says why; `prefetch` raises instead.
-        Raises `ArrayNotFound`, `SnapshotClosed`.
+        Raises `ArrayNotFound`, `SnapshotClosed`; `SnapshotChanged` where a mapped file was written to.
         """
         info = self.info(name)
         root = self._region.root()
+        if self.backend == "map":
+            self._region.check_unchanged()
         return _shape(info, root[info.offset : info.offset + info.nbytes])
 
     def __iter__(self) -> Iterator[str]:

@@ -50,22 +50,23 @@ static bool is_plain(const lm_chunk_record *record)
     return record->codec == LM_CODEC_RAW && record->filter == LM_FILTER_NONE;
 }
 
-static int read_local(struct lm_region *region, uint16_t source, uint64_t offset, size_t length, void *out)
+/* `length` of the record's bytes from its byte `at` on. */
+static int read_local(struct lm_region *region, const lm_chunk_record *record, uint64_t at, size_t length, void *out)
 {
-    uint64_t size, time = lm_sys_now_ns();
+    uint64_t size, offset = record->offset + at, time = lm_sys_now_ns();
     int error;
 
-    if (source >= region->source_count)
+    if (record->source >= region->source_count)
         return LM_E_RECORD;
-    size = region->source_sizes[source];
+    size = region->source_sizes[record->source];
     if (offset > size || length > size - offset)
         return LM_E_RECORD;
-    error = lm_sys_pread_patiently(region->fds[source], out, length, offset);
+    error = lm_sys_pread_patiently(region->fds[record->source], out, length, offset);
     add(&region->counters.reads, 1);
     if (error == 0)
         add(&region->counters.bytes_read, length);
     add(&region->counters.read_ns, lm_sys_now_ns() - time);
-    return error;
+    return error == 0 ? lm_region_check_source(region, record) : error;
 }
 
 static int decode(struct lm_worker *worker, struct lm_region *region, const lm_chunk_record *record,
@@ -103,8 +104,7 @@ static int load(struct lm_worker *worker, const struct lm_task *task, uint64_t c
         return error;
     for (attempt = 0; attempt < (region->remote ? LM_COMPOSE_ATTEMPTS : 1); attempt++) {
         error = region->remote ? lm_fetch_read(task, record, attempt > 0, worker->stored, text)
-                               : read_local(region, record->source, record->offset, record->stored_length,
-                                            worker->stored);
+                               : read_local(region, record, 0, record->stored_length, worker->stored);
         if (error == 0)
             error = decode(worker, region, record, raw_length);
         if (error != LM_E_CHECKSUM && error != LM_E_DECODE)
@@ -143,7 +143,7 @@ static int cut(struct lm_worker *worker, const struct lm_task *task, uint64_t fr
         worker->stock_region = 0;
         error = lm_sys_grow_buffer(&worker->stock, &worker->stock_length, (size_t)1 << stock->chunk_shift);
         if (error == 0)
-            error = read_local(region, record->source, record->offset + at, (size_t)length, worker->stock);
+            error = read_local(region, record, at, (size_t)length, worker->stock);
         *ret_bytes = worker->stock;
     } else {
         error = load(worker, task, chunk, record, text);

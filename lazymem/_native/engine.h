@@ -62,6 +62,7 @@ struct lm_region {
     int *fds;
     uint32_t *sources;
     uint64_t *source_sizes;
+    int64_t *written_ns; /* of local sources, when they were opened */
     int source_count;
     uint32_t coalesce_gap, coalesce_size, fetch_timeout_ms;
 
@@ -149,6 +150,9 @@ bool lm_engine_push_span_locked(const struct lm_span *span, bool front);
 void lm_engine_turn_away_locked(const struct lm_task *task);
 /* An ioctl or read found that the application has closed our descriptors. */
 void lm_engine_note_lost(void);
+
+/* Of bytes that no checksum guards: LM_E_CHANGED if their file was written to since it was opened. */
+int lm_region_check_source(const struct lm_region *region, const lm_chunk_record *record);
 
 /* populate.c: one chunk, from its source into the region; returns 0 or why it failed. */
 int lm_populate(struct lm_worker *worker, const struct lm_task *task);

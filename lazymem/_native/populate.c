@@ -64,7 +64,7 @@ static int read_stored(struct lm_region *region, const lm_chunk_record *record, 
     add(&region->counters.reads, 1);
     if (error == 0)
         add(&region->counters.bytes_read, record->stored_length);
-    return error;
+    return error == 0 ? lm_region_check_source(region, record) : error;
 }
 
 /* The chunk's bytes at `target`, zeros after the end of the content; or at *ret_bytes, where they came as

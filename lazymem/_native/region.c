@@ -83,6 +83,7 @@ static struct lm_region *lay_out(struct arena *arena, const lm_region_spec *spec
     into->strips = carve_copy(arena, spec->strips, (size_t)spec->strip_count * sizeof *into->strips);
     into->fds = carve(arena, sources * sizeof *into->fds);
     into->sources = carve(arena, sources * sizeof *into->sources);
+    into->written_ns = carve(arena, sources * sizeof *into->written_ns);
     into->source_sizes = carve_copy(arena, spec->source_sizes, sources * sizeof *into->source_sizes);
     into->url = carve_copy(arena, spec->url, strlen(spec->url) + 1);
     into->array_offsets = carve_copy(arena, spec->array_offsets, arrays * sizeof *into->array_offsets);
@@ -196,9 +197,18 @@ static int duplicate_sources(struct lm_region *region, const lm_region_spec *spe
 
         if (fd < 0)
             return fd;
+        region->written_ns[region->source_count] = lm_sys_written_ns(fd);
         region->fds[region->source_count++] = fd;
     }
     return 0;
+}
+
+int lm_region_check_source(const struct lm_region *region, const lm_chunk_record *record)
+{
+    if (!(record->flags & LM_CHUNK_UNCHECKED) ||
+        lm_sys_written_ns(region->fds[record->source]) == region->written_ns[record->source])
+        return 0;
+    return LM_E_CHANGED;
 }
 
 /* COPY, unless the caller asks: MOVE must have both sides writable, so mode "r" would rest on numpy's

@@ -10,6 +10,7 @@
 #include <signal.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -95,6 +96,15 @@ int lm_sys_pread_patiently(int fd, void *buffer, size_t length, uint64_t offset)
             break;
     }
     return error;
+}
+
+int64_t lm_sys_written_ns(int fd)
+{
+    struct stat info;
+
+    if (fstat(fd, &info) < 0)
+        return -errno;
+    return (int64_t)info.st_mtim.tv_sec * 1000000000 + info.st_mtim.tv_nsec;
 }
 
 int lm_sys_dup(int fd)

@@ -25,6 +25,8 @@ int lm_sys_ioctl(int fd, unsigned long request, void *argument);
 int lm_sys_pread_full(int fd, void *buffer, size_t length, uint64_t offset);
 /* The same, tried again: EIO of a disk can pass, a short file does not. */
 int lm_sys_pread_patiently(int fd, void *buffer, size_t length, uint64_t offset);
+/* When a file was last written to, in ns; negative: -errno. */
+int64_t lm_sys_written_ns(int fd);
 int lm_sys_dup(int fd); /* close-on-exec */
 void lm_sys_close(int fd);
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from .. import snapshot as snapshots
 from ..composition import as_recipe, can_cast
-from ..errors import LazymemError, OptionError
+from ..errors import LazymemError, OptionError, UnsupportedDtype
 from ..order import model_order
 from ..progress import Progress, reporting
 from ..snapshot import Snapshot
@@ -145,9 +145,13 @@ def _open_for(
     return {name: found[name] for name in plain}, parts
 
 
-def _some(snapshot: Snapshot, names: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
+def _some(snapshot: Snapshot, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     tensors = Tensors(snapshot)
-    return ((name, tensors[name]) for name in names)
+    for name in names:
+        try:
+            yield name, tensors[name]
+        except UnsupportedDtype:  # strings, say: no parameter; its name counts as unexpected
+            yield name, torch.empty(0, device="meta")
 
 
 def _change_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UnsupportedDtype
 from ..progress import Progress
 from ..snapshot import Snapshot
 from .tensors import tensor_of
@@ -27,7 +28,10 @@ class Tensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         """Raises `ArrayNotFound`, a KeyError; `UnsupportedDtype` for what torch has no dtype for."""
         array = self.snapshot[name]
-        return tensor_of(array, self.snapshot.info(name).metadata)
+        try:
+            return tensor_of(array, self.snapshot.info(name).metadata)
+        except UnsupportedDtype as error:
+            raise UnsupportedDtype(f"{self.snapshot.url}: array {name!r}: {error}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.snapshot)

@@ -440,3 +440,37 @@ def test_failed_attempts_leave_no_garbage_that_the_collector_trips_over(snapshot
     print("collected")
     """
     assert check_child(code, snapshot_path) == "collected\n"
+
+
+@pytest.mark.parametrize("backend", ["map", "uffd"])
+@pytest.mark.parametrize("dtype", [None, "float64"])
+def test_container_saved_over_while_open_is_a_named_error(
+    tmp_path: Path, backend: str, dtype: str | None
+) -> None:
+    """It has no checksums: what is mapped would show the new bytes, what is populated a mixture of both."""
+    if backend == "map" and dtype is not None:
+        pytest.skip("what is converted is never mapped")
+    path = tmp_path / "x.npy"
+    np.save(path, np.zeros(300_000, np.float32))
+    with lazymem.open(path, backend=backend, dtype=dtype, chunk_size=64 << 10, readahead=0) as snap:
+        assert not snap["data"][:10].any()
+        with path.open("r+b") as file:
+            file.seek(-100_000, os.SEEK_END)
+            file.write(b"\1" * 50_000)
+        os.utime(path, ns=(1, 1))  # whatever the clock's grain
+        with pytest.raises(lazymem.SnapshotChanged, match="open it again"):
+            snap.prefetch(wait=True)
+        if backend == "map":
+            with pytest.raises(lazymem.SnapshotChanged):
+                snap["data"]
+
+
+def test_mapping_outlives_its_descriptors(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(9))
+    code = """
+        import os, sys, lazymem
+        snap = lazymem.open(sys.argv[1])
+        os.closerange(3, 1000)
+        print(snap["data"].sum())
+        """
+    assert check_child(code, tmp_path / "x.npy") == "36\n"

@@ -231,6 +231,17 @@ def test_load_model_names_what_does_not_fit(saved: Path, tmp_path: Path) -> None
         lazymem.torch.load_model(model, saved)
 
 
+def test_arrays_that_are_no_tensors_are_unexpected_names(tmp_path: Path) -> None:
+    module = torch.nn.Linear(3, 4)
+    arrays = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    lazymem.build({**arrays, "labels": np.array([b"cat", b"dog"])}, tmp_path / "m.lzm")
+    other = torch.nn.Linear(3, 4)
+    assert lazymem.torch.load_model(other, tmp_path / "m.lzm", strict=False) == (set(), ["labels"])
+    assert torch.equal(other.weight, module.weight)
+    with pytest.raises(lazymem.UnsupportedDtype, match=r"m\.lzm: array 'labels': torch .* has no dtype"):
+        lazymem.torch.load_file(tmp_path / "m.lzm")
+
+
 def test_background_goes_on_populating_and_tells(net: Any, tmp_path: Path) -> None:
     big = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(12)))
     save_file(big.state_dict(), tmp_path / "big.safetensors")
