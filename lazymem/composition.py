@@ -22,9 +22,11 @@ from .catalog import ArrayInfo, ArrayTables, Catalog, Layout
 from .dtypes import EXTENSION_DTYPES
 from .errors import OptionError, UnsupportedDtype
 from .format import structs
-from .format.layout import place
+from .format.layout import SMALL_ALIGNMENT, align_up, place
 
 _MAX_CHUNK: Final = 64 << 20
+#: Numbers that were converted begin at a multiple of this, as those in fresh memory would (see layout.py).
+_ALIGNED: Final = 16
 
 #: lm_strip of lazymem.h.
 _STRIP: Final = np.dtype(
@@ -157,7 +159,7 @@ class ComposedCatalog:
             key = (ranges, code)
             offset = shared.get(key)
             if offset is None:
-                offset = shared[key] = place(cursor, recipe.nbytes, self._chunk_size)
+                offset = shared[key] = self._place(cursor, recipe, ranges)
                 to = offset
                 for start, length in ranges:
                     rows.append((to, start, length, code))
@@ -170,6 +172,21 @@ class ComposedCatalog:
         if rows:
             strips["to"], strips["from"], strips["length"], strips["cast"] = zip(*rows, strict=True)
         return strips
+
+    def _place(self, cursor: int, recipe: Recipe, ranges: tuple[tuple[int, int], ...]) -> int:
+        """Where the array goes that comes from `ranges` of the stock; at or after `cursor`."""
+        before, after = recipe.source.itemsize, recipe.dtype.itemsize
+        if len(ranges) != 1:
+            return place(cursor, recipe.nbytes, self._chunk_size)
+        ((start, _),) = ranges
+        # The grid of the region's chunks on that of the stock's, so that each is made of as few as can be.
+        grid = start % (self._chunk_size * before // after) * after // before
+        fits = before == after or grid % _ALIGNED == 0
+        if recipe.nbytes >= self._chunk_size and fits:
+            return align_up(max(0, cursor - grid), self._chunk_size) + grid
+        return place(
+            cursor, recipe.nbytes, self._chunk_size, start % SMALL_ALIGNMENT if before == after else 0
+        )
 
     def _sources(self) -> set[str | None]:
         return {part.array for recipe in self._recipes.values() for part in recipe.parts}
