@@ -85,27 +85,35 @@ def load_model(
     included. Of tied weights one name in the source is enough. Where the source has another floating-point
     dtype than the model the model's is kept, and chunks are converted when they are first touched.
 
-    strict: raise for names that are missing or left over. device: as for `load_file`; the model's parameters
-        go there. dtype: change the model's floating-point parameters to it first.
+    strict: raise for names that are missing or left over. device: move the model there first, like
+        `model.to(device)`, without what is about to be replaced; tensors are then streamed there.
+    dtype: convert the model first, like `model.to(dtype)`, without what is about to be replaced.
     background: go on populating in the order of the model's layers after the call has returned, while the
-        first forward pass runs: what it touches goes first. progress: of that, called in a thread of its
-        own with (bytes there, bytes in all); True shows a bar.
+        first forward pass runs: what it touches goes first. progress: of that (called in a thread of its
+        own) or of streaming, with (bytes there, bytes in all); True shows a bar.
+
+    Read and converted at once is only what cannot be shown: where the model has another memory format or an
+    integer type, where tensors share memory without being one object. Buffers that are not saved stay
+    as they are, on the meta device, too.
     Returns the names that the source lacks and those that the model does not have. Raises `RuntimeError`
-    for shapes that differ, and if `strict` for such names; else as `lazymem.open`.
+    for shapes that differ, and if `strict` for such names; else as `lazymem.open`. Until the source is open
+    the model is not touched.
     """
     target = torch.device(device)
-    if dtype is not None:
-        _change_dtype(model, numpy_name_to_torch(dtype))
-    if target.type != "cpu":
-        found: Mapping[str, torch.Tensor] = load_file(source, target, progress=progress, **options)
-        snapshot_parts: list[tuple[Snapshot, list[str]]] = []
+    if target.type == "meta":
+        raise OptionError("a model cannot be loaded to the meta device, which has no memory; choose another")
+    wanted = None if dtype is None else numpy_name_to_torch(dtype)
+    if target.type == "cpu":
+        found, parts = _open_for(model, source, wanted, options)
     else:
-        found, snapshot_parts = _open_for(model, source, options)
+        found, parts = load_file(source, target, progress=progress, **options), []
+    if wanted is not None or target.type != "cpu":
+        _convert(model, found, wanted, target)
     missing, unexpected = assign_state(model, found)
     if strict and (missing or unexpected):
         complain(model, missing, unexpected)
     if background:
-        for snapshot, names in snapshot_parts:
+        for snapshot, names in parts:
             _populate(snapshot, names, progress)
     return missing, unexpected
 
@@ -125,16 +133,16 @@ def _dtype_name(dtype: Dtype | None) -> str | None:
 
 
 def _open_for(
-    model: torch.nn.Module, source: StrPath, options: Mapping[str, Any]
+    model: torch.nn.Module, source: StrPath, dtype: torch.dtype | None, options: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], list[tuple[Snapshot, list[str]]]]:
-    """Tensors in the model's dtypes where those can be had lazily, and which snapshot shows which."""
+    """Tensors in the model's dtypes, or in `dtype`, if that can be lazy; and which snapshot shows which."""
     plain = open(source, **options).snapshot
     recipes = []
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in plain or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             continue
         info = plain.info(name)
-        wanted = numpy_dtype(tensor.dtype)
+        wanted = numpy_dtype(dtype or tensor.dtype)
         if info.dtype != wanted and can_cast(info.dtype, wanted):
             recipes.append(as_recipe(info, wanted))
     cast = {recipe.name for recipe in recipes}
@@ -154,13 +162,26 @@ def _some(snapshot: Snapshot, names: Iterable[str]) -> Iterator[tuple[str, torch
             yield name, torch.empty(0, device="meta")
 
 
-def _change_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Without converting numbers that are about to be replaced: fresh memory that nothing has touched."""
-    done: set[int] = set()
-    for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in done and tensor.is_floating_point() and tensor.dtype != dtype:
-            done.add(id(tensor))
-            tensor.data = torch.empty_like(tensor, dtype=dtype)
+def _convert(
+    model: torch.nn.Module, found: Mapping[str, torch.Tensor], dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """As `model.to` does it; but what `found` replaces only gets fresh memory, which nothing has touched."""
+    replaced = {
+        id(tensor)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name in found and isinstance(tensor, torch.Tensor) and tensor.shape == found[name].shape
+    }
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if tensor.is_meta:
+            return tensor.to(wanted)
+        if id(tensor) in replaced:
+            return torch.empty_like(tensor, dtype=wanted, device=device)
+        return tensor.to(device=device, dtype=wanted)
+
+    apply: Any = model._apply
+    apply(convert)
 
 
 def _populate(snapshot: Snapshot, names: list[str], progress: Progress | bool | None) -> None:

@@ -25,7 +25,12 @@ def assign_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> t
     Raises `RuntimeError` for shapes that differ, and for tied tensors of which none has all the memory.
     """
     ties = tied_names(model, state)
-    result = model.load_state_dict(_assign(model, state), strict=False)
+    if _is_hooked(model):
+        result = _load_hooked(model, state)
+    else:
+        loaded = _assign(model, state)
+        _allocate(model, state)
+        result = model.load_state_dict(loaded, strict=False)
     missing, unexpected = set(result.missing_keys), list(result.unexpected_keys)
     for names in ties.values():
         for name in names:
@@ -103,13 +108,34 @@ def _overlapping(areas: list[tuple[int, int, str]]) -> Iterator[set[str]]:
         yield group
 
 
+def _is_hooked(model: torch.nn.Module) -> bool:
+    """Whether hooks may rename and reshape what the file has, so that names tell nothing before they ran."""
+    return type(model).load_state_dict is not torch.nn.Module.load_state_dict or any(
+        module._load_state_dict_pre_hooks for module in model.modules()
+    )
+
+
+def _load_hooked(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> Any:
+    """torch puts the tensors in place of the model's own; then these take over what those show."""
+    places: dict[int, list[_Place]] = defaultdict(list)
+    before: dict[int, torch.Tensor] = {}
+    for _, place, tensor in _tensors(model, every=True):
+        before[id(tensor)] = tensor
+        places[id(tensor)].append(place)
+    try:
+        return model.load_state_dict(dict(state), strict=False, assign=True)
+    finally:  # it may raise after it has assigned
+        for key, tensor in before.items():
+            found = [store[name] for store, name in places[key] if store[name] is not tensor]
+            if found:
+                kept = _replace(tensor, _fitted(tensor, found[0].detach()), places[key])
+                for store, name in places[key]:
+                    store[name] = kept
+
+
 def _assign(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """`state`, with what is in the model now in place of what was put there."""
     loaded: dict[str, Any] = dict(state)
-    if type(model).load_state_dict is not torch.nn.Module.load_state_dict or any(
-        module._load_state_dict_pre_hooks for module in model.modules()
-    ):
-        return loaded  # hooks rename and reshape: they must find the file's tensors
     places: dict[int, list[_Place]] = defaultdict(list)
     users: dict[object, set[int]] = defaultdict(set)
     for _, place, tensor in _tensors(model):
@@ -127,13 +153,28 @@ def _assign(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[s
     return loaded
 
 
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, _Place, torch.Tensor]]:
-    """Full names of what modules load the ordinary way, tied ones more than once, in torch's order."""
+def _allocate(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Memory for what has none yet and was not replaced, so that torch can copy to it."""
+    places: dict[int, list[_Place]] = defaultdict(list)
+    named: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, place, tensor in _tensors(model, every=True):
+        given = state.get(name)
+        if tensor.is_meta:
+            places[id(tensor)].append(place)
+            if given is not None and not given.is_meta and given.shape == tensor.shape:
+                named.setdefault(id(tensor), (tensor, given))
+    for key, (tensor, given) in named.items():
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=given.device)
+        _replace(tensor, made, places[key])
+
+
+def _tensors(model: torch.nn.Module, *, every: bool = False) -> Iterator[tuple[str, _Place, torch.Tensor]]:
+    """Full names of what modules load, tied ones more than once, in torch's order; of those only that load
+    the ordinary way unless `every`."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         # torch's own modules only look at versions there; what others do there cannot be known.
-        if not type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules."):
-            continue
-        for store in (module._parameters, module._buffers):
+        ordinary = type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
+        for store in (module._parameters, module._buffers) if ordinary or every else ():
             for name, tensor in list(store.items()):
                 if tensor is not None and name not in module._non_persistent_buffers_set:
                     yield f"{prefix}.{name}" if prefix else name, (store, name), tensor
@@ -145,9 +186,23 @@ def _can_replace(tensor: torch.Tensor, given: torch.Tensor) -> bool:
         and tensor.layout is torch.strided
         and tensor.shape == given.shape
         and tensor.dtype == given.dtype
+        and _steps(tensor) == _steps(given)  # a memory format makes other kernels run, with other last bits
         and not given.is_meta
         and (tensor.is_meta or tensor.device == given.device)
     )
+
+
+def _steps(tensor: torch.Tensor) -> list[int]:
+    return [step for step, length in zip(tensor.stride(), tensor.shape, strict=True) if length > 1]
+
+
+def _fitted(tensor: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """`given`, or a copy of it that has the dtype, the strides and the device of `tensor`."""
+    if _can_replace(tensor, given) or given.shape != tensor.shape:
+        return given
+    device = given.device if tensor.is_meta else tensor.device
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return made.copy_(given)
 
 
 def _replace(tensor: torch.Tensor, given: torch.Tensor, places: list[_Place]) -> torch.Tensor:

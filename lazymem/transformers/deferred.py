@@ -71,6 +71,11 @@ class Deferred(torch.Tensor):
             result = handler(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
+        if func._schema.is_mutable and isinstance(args[0] if args else None, cls):
+            raise RuntimeError(
+                f"{func} would write to a tensor that does not exist yet, and the change would be lost; "
+                "clone it first, or load the model with transformers' own from_pretrained"
+            )
         args, kwargs = tree_map(_real, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
 
@@ -185,7 +190,7 @@ def _slice(value: Deferred, dim: int = 0, start: Any = None, end: Any = None, st
 
 
 def _select(value: Deferred, dim: int, index: int) -> Any:
-    if dim % value.ndim != 0:
+    if dim % value.ndim != 0 or not -value.shape[0] <= index < value.shape[0]:
         return NotImplemented
     return _rows(value, index % value.shape[0], 1, value.shape[1:])
 

@@ -8,14 +8,18 @@ keys, buffers) holds. What it leaves in the model is then made real, all in one 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import transformers
+from transformers import modeling_utils
 
 from .. import snapshot as snapshots
 from ..errors import FormatError, OptionError, UnsupportedFormat
@@ -44,18 +48,20 @@ def from_pretrained(
     model_class: one of transformers' classes or Auto classes; None: the one that config.json names.
     storage_options, cache, backend: see `lazymem.open`. model_args, kwargs: for the class's own
         `from_pretrained` (dtype, config, attn_implementation, output_loading_info, ...). dtype=: weights of
-        another floating-point dtype are converted chunk by chunk, when they are touched.
+        another floating-point dtype are converted chunk by chunk, when they are touched. device_map= may
+        name devices; offloading to disk is refused, since the weights lie on one already.
     background: go on populating in the order of the layers after the call has returned. progress: wait for
         that instead, and tell it: called with (bytes there, bytes in all); True shows a bar.
 
     Experts that transformers fuses into one parameter stay lazy one by one. Weights are copy-on-write.
     Raises as `lazymem.open`; `UnsupportedFormat` where there is no config.json; what transformers raises.
     """
-    for name in ("state_dict", "gguf_file", "use_safetensors", "variant", "subfolder"):
-        if name in kwargs:
-            raise OptionError(f"{name}= means nothing here: the weights are those of the source")
+    _check(kwargs)
     snapshot = snapshots.open(source, mode="c", storage_options=storage_options, cache=cache, backend=backend)
-    with tempfile.TemporaryDirectory(prefix="lazymem-") as folder:
+    with tempfile.TemporaryDirectory(prefix="lazymem-") as temporary:
+        # One name for one model: code that comes with a model becomes a module of that name.
+        folder = os.path.join(temporary, "lazymem_" + hashlib.sha256(snapshot.url.encode()).hexdigest()[:16])
+        os.mkdir(folder)
         names = write_files(snapshot, folder)
         if "config.json" not in names and not isinstance(kwargs.get("config"), transformers.PretrainedConfig):
             raise UnsupportedFormat(
@@ -68,7 +74,11 @@ def from_pretrained(
         with open(weights, "wb") as file:
             file.write(EMPTY_FILE)
         chosen = model_class or _class_of(snapshot, folder)
-        with shown_as(weights, {name: defer(snapshot, name) for name in snapshot}):
+        with (
+            _naming(snapshot.url, folder),
+            _real_before_dispatch(),
+            shown_as(weights, {name: defer(snapshot, name) for name in snapshot}),
+        ):
             result = chosen.from_pretrained(folder, *model_args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result
     fused = _make_real(model)
@@ -77,6 +87,62 @@ def from_pretrained(
     if background or progress:
         _populate(snapshot, fused, progress)
     return result
+
+
+def _check(kwargs: dict[str, Any]) -> None:
+    """Refuse what has another source of weights in mind; drop what says nothing, as it usually does."""
+    for name in ("state_dict", "gguf_file", "variant", "subfolder"):
+        if kwargs.pop(name, None):
+            raise OptionError(f"{name}= means nothing here: the weights are those of the source")
+    kwargs.pop("use_safetensors", None)
+    device_map = kwargs.get("device_map")
+    on_disk = isinstance(device_map, Mapping) and "disk" in map(str, device_map.values())
+    if on_disk or kwargs.get("offload_folder"):
+        raise OptionError(
+            "weights are not offloaded to disk here: they lie there already, and are read when they are "
+            "touched; leave offload_folder= and 'disk' out"
+        )
+
+
+@contextlib.contextmanager
+def _naming(url: str, folder: str) -> Iterator[None]:
+    """Errors name the source and not a folder that is gone when they are read."""
+    try:
+        yield
+    except Exception as error:
+        error.args = tuple(
+            text.replace(folder, url) if isinstance(text, str) else text for text in error.args
+        )
+        raise
+
+
+_dispatch_lock = threading.Lock()
+_dispatching = 0
+_dispatch_before: Any = None
+
+
+@contextlib.contextmanager
+def _real_before_dispatch() -> Iterator[None]:
+    """Within the block accelerate's hooks, which move weights between devices, find a model that is real."""
+    global _dispatching, _dispatch_before
+    library: Any = modeling_utils
+    with _dispatch_lock:
+        if _dispatching == 0 and hasattr(library, "accelerate_dispatch"):
+            _dispatch_before = library.accelerate_dispatch
+            library.accelerate_dispatch = _dispatch
+        _dispatching += 1
+    try:
+        yield
+    finally:
+        with _dispatch_lock:
+            _dispatching -= 1
+            if _dispatching == 0 and getattr(library, "accelerate_dispatch", None) is _dispatch:
+                library.accelerate_dispatch = _dispatch_before
+
+
+def _dispatch(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    _make_real(model)
+    return _dispatch_before(model, *args, **kwargs)
 
 
 def _class_of(snapshot: Snapshot, folder: str) -> Any:

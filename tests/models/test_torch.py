@@ -231,6 +231,90 @@ def test_load_model_names_what_does_not_fit(saved: Path, tmp_path: Path) -> None
         lazymem.torch.load_model(model, saved)
 
 
+class WithTable(torch.nn.Module):  # type: ignore[misc]
+    """A buffer that is not saved, and a layer that the file lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(4.0) / 3, persistent=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_changing_the_dtype_converts_what_is_not_replaced(tmp_path: Path, dtype: Any) -> None:
+    save_file({"linear.weight": torch.full((4, 4), 1.5)}, tmp_path / "m.safetensors")
+    model = WithTable()
+    wanted = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    missing, _ = lazymem.torch.load_model(model, tmp_path / "m.safetensors", strict=False, dtype=dtype)
+    assert missing == {"linear.bias", "other.weight", "other.bias"}
+    assert torch.equal(model.linear.weight, torch.full((4, 4), 1.5, dtype=dtype))
+    for name in missing:
+        assert_same(model.state_dict()[name], wanted[name])
+    assert_same(model.table, (torch.arange(4.0) / 3).to(dtype))
+
+
+def test_model_is_untouched_where_there_is_nothing_to_load(tmp_path: Path) -> None:
+    model = WithTable()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(lazymem.SnapshotNotFound):
+        lazymem.torch.load_model(model, tmp_path / "none.lzm", dtype=torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        assert_same(tensor, before[name])
+    with pytest.raises(lazymem.OptionError, match="meta"):
+        lazymem.torch.load_model(model, tmp_path / "none.lzm", device="meta")
+
+
+class Overriding(torch.nn.Linear):  # type: ignore[misc]
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+
+
+@pytest.mark.parametrize("hooked", ["override", "pre-hook", "dtype", "channels last"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_models_that_cannot_simply_be_shown_tensors_are_loaded_too(
+    tmp_path: Path, hooked: str, device: str
+) -> None:
+    def make() -> Any:
+        layer = Overriding(4, 4) if hooked == "override" else torch.nn.Linear(4, 4)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), layer)
+        if hooked == "channels last":
+            model.to(memory_format=torch.channels_last)
+        if hooked == "pre-hook":
+            layer.register_load_state_dict_pre_hook(lambda *args: None)
+        if hooked == "dtype":
+            model.register_buffer("steps", torch.zeros(3, dtype=torch.int32))
+        return model
+
+    saved = make()
+    state = {name: tensor.contiguous() for name, tensor in saved.state_dict().items()}
+    if hooked == "dtype":
+        state["steps"] = torch.arange(3)  # int64
+    save_file(state, tmp_path / "m.safetensors")
+    with torch.device(device):
+        model = make()
+    parameters = list(model.parameters())
+    assert lazymem.torch.load_model(model, tmp_path / "m.safetensors") == (set(), [])
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    for (name, found), wanted in zip(model.state_dict().items(), saved.state_dict().values(), strict=True):
+        assert found.dtype == wanted.dtype
+        assert found.stride() == wanted.stride(), name
+        assert torch.equal(found, state[name].to(wanted.dtype))
+
+
+def test_a_hook_does_not_make_loading_eager(tmp_path: Path) -> None:
+    big = torch.nn.Linear(1000, 1000)
+    save_file(big.state_dict(), tmp_path / "m.safetensors")
+    lazymem.build(tmp_path / "m.safetensors", tmp_path / "m.lzm", chunk_size=64 << 10)
+    model = torch.nn.Linear(1000, 1000)
+    model.register_load_state_dict_pre_hook(lambda *args: None)
+    tensors = lazymem.torch.open(tmp_path / "m.lzm")
+    from lazymem.torch.modules import assign_state
+
+    assign_state(model, tensors)
+    assert tensors.snapshot.stats().chunks_populated == 0
+    assert torch.equal(model.weight, big.weight)
+
+
 def test_arrays_that_are_no_tensors_are_unexpected_names(tmp_path: Path) -> None:
     module = torch.nn.Linear(3, 4)
     arrays = {name: tensor.numpy() for name, tensor in module.state_dict().items()}

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -247,12 +248,49 @@ def test_weights_without_a_configuration_are_refused(tmp_path: Path) -> None:
 def test_bad_configuration_and_options_are_named(tmp_path: Path) -> None:
     folder = save(llama(), tmp_path / "model", torch.float32)
     with pytest.raises(lazymem.OptionError, match="state_dict"):
-        lazymem.transformers.from_pretrained(folder, state_dict={})
+        lazymem.transformers.from_pretrained(folder, state_dict={"x": torch.ones(1)})
+    with pytest.raises(lazymem.OptionError, match="offload"):
+        lazymem.transformers.from_pretrained(folder, device_map={"": "disk"})
+    with pytest.raises(TypeError) as caught:
+        lazymem.transformers.from_pretrained(folder, no_such_argument=1)
+    assert "/lazymem-" not in str(caught.value)
     (folder / "config.json").write_text("{")
     with pytest.raises(lazymem.FormatError, match=r"config\.json is no JSON"):
         lazymem.transformers.from_pretrained(folder)
     with pytest.raises(lazymem.SnapshotNotFound):
         lazymem.transformers.from_pretrained(tmp_path / "nowhere.lzm")
+
+
+def test_arguments_that_say_nothing_are_taken(tmp_path: Path) -> None:
+    folder = save(llama(), tmp_path / "model", torch.float32)
+    model = lazymem.transformers.from_pretrained(
+        folder, use_safetensors=True, subfolder="", variant=None, state_dict=None, device_map="cpu"
+    )
+    assert torch.equal(outputs(model), outputs(hf.LlamaForCausalLM.from_pretrained(folder)))
+
+
+def test_weights_on_several_devices_are_dispatched(tmp_path: Path) -> None:
+    """Of what accelerate's hooks need the CPU stands in for all devices."""
+    pytest.importorskip("accelerate")
+    folder = save(llama(), tmp_path / "model", torch.float32)
+    lazymem.build(folder, tmp_path / "model.lzm")
+    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    parts |= {f"model.layers.{i}": torch.device("cpu") for i in range(3)}  # two names of one device
+    model = lazymem.transformers.from_pretrained(tmp_path / "model.lzm", device_map=parts)
+    assert torch.equal(outputs(model), outputs(hf.LlamaForCausalLM.from_pretrained(folder)))
+
+
+def test_operation_that_writes_to_a_deferred_tensor_is_refused(tmp_path: Path) -> None:
+    from lazymem.transformers.deferred import defer
+
+    lazymem.build({"w": np.ones((4, 4), np.float32)}, tmp_path / "w.lzm")
+    deferred = defer(lazymem.open(tmp_path / "w.lzm", mode="c"), "w")
+    for write in (lambda x: x.mul_(3), lambda x: x[1].add_(5), lambda x: x.to(torch.bfloat16).zero_()):
+        with pytest.raises(RuntimeError, match="would be lost"):
+            write(deferred)
+    with pytest.raises(IndexError):
+        torch.select(deferred, 0, 7)
+    assert torch.equal(deferred.clone() * 2, torch.full((4, 4), 2.0))
 
 
 def test_missing_shard_is_named(tmp_path: Path) -> None:
