@@ -141,6 +141,11 @@ int lm_engine_span_room_locked(const struct lm_region *region)
     return (int)(LM_QUEUE_SPANS - queue_of(region)->span_count);
 }
 
+void lm_engine_cut_spans_locked(const struct lm_region *region, uint64_t first, uint64_t end)
+{
+    lm_queue_cut_spans(queue_of(region), region, first, end);
+}
+
 bool lm_engine_push_span_locked(const struct lm_span *span, bool front)
 {
     if (!lm_queue_push_span(queue_of(span->region), span, front))

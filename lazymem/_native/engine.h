@@ -143,6 +143,8 @@ int lm_engine_insert(struct lm_region *region);
 void lm_engine_remove(struct lm_region *region);
 /* Whether chunks of the region come by way of the courier: remote, and not composed. */
 bool lm_engine_by_courier(const struct lm_region *region);
+/* Forget that chunks [first, end) were to be populated. lock is held. */
+void lm_engine_cut_spans_locked(const struct lm_region *region, uint64_t first, uint64_t end);
 /* Where spans of a region are put, and rouse whoever takes them from there. lock is held. */
 int lm_engine_span_room_locked(const struct lm_region *region);
 bool lm_engine_push_span_locked(const struct lm_span *span, bool front);

@@ -75,15 +75,27 @@ void lm_queue_pop_span(struct lm_queue *queue)
     queue->span_count--;
 }
 
-void lm_queue_drop_spans(struct lm_queue *queue, const struct lm_region *region)
+void lm_queue_cut_spans(struct lm_queue *queue, const struct lm_region *region, uint64_t first, uint64_t end)
 {
     unsigned kept = 0, i;
 
     for (i = 0; i < queue->span_count; i++) {
         struct lm_span span = queue->spans[(queue->span_head + i) % LM_QUEUE_SPANS];
 
-        if (span.region != region)
-            queue->spans[(queue->span_head + kept++) % LM_QUEUE_SPANS] = span;
+        if (span.region == region) {
+            if (span.next >= first && span.next < end)
+                span.next = span.end < end ? span.end : end;
+            else if (span.next < first && span.end > first && span.end <= end)
+                span.end = first;
+            if (span.next >= span.end)
+                continue;
+        }
+        queue->spans[(queue->span_head + kept++) % LM_QUEUE_SPANS] = span;
     }
     queue->span_count = kept;
+}
+
+void lm_queue_drop_spans(struct lm_queue *queue, const struct lm_region *region)
+{
+    lm_queue_cut_spans(queue, region, 0, UINT64_MAX);
 }

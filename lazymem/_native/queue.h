@@ -59,6 +59,8 @@ bool lm_queue_push_span(struct lm_queue *queue, const struct lm_span *span, bool
 /* The first span, to be advanced in place; NULL if there is none. */
 struct lm_span *lm_queue_first_span(struct lm_queue *queue);
 void lm_queue_pop_span(struct lm_queue *queue);
+/* Forget chunks [first, end) of a region where spans begin or end with them. */
+void lm_queue_cut_spans(struct lm_queue *queue, const struct lm_region *region, uint64_t first, uint64_t end);
 /* Forget all spans of a region. */
 void lm_queue_drop_spans(struct lm_queue *queue, const struct lm_region *region);
 

@@ -790,6 +790,9 @@ int lm_region_evict(lm_region *region, uint64_t first, uint64_t count)
         return leave(region, lm_sys_advise(region->base + start, (i < region->size ? i : region->size) - start,
                                            MADV_DONTNEED));
     }
+    pthread_mutex_lock(&lm_engine.lock); /* what was asked for before is not wanted any more */
+    lm_engine_cut_spans_locked(region, first, first + count);
+    pthread_mutex_unlock(&lm_engine.lock);
     for (i = first; i < first + count; i++)
         evict_chunk(region, i);
     return leave(region, 0);

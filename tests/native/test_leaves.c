@@ -253,6 +253,31 @@ static void test_queue_keeps_order_and_forgets_a_region(void)
     CHECK(lm_queue_first_span(&queue)->next == 0);
 }
 
+static void test_queue_cuts_spans_where_they_overlap(void)
+{
+    static struct lm_queue queue;
+    struct lm_region *one = (struct lm_region *)&queue, *two = (struct lm_region *)&one;
+    /* Of chunks 10 to 19: before and after, all of it, the end, the beginning, around, another region's. */
+    static const uint64_t spans[][2] = { { 0, 10 }, { 20, 30 }, { 10, 20 }, { 12, 15 }, { 5, 15 }, { 15, 25 }, { 5, 25 } };
+    static const uint64_t left[][2] = { { 0, 10 }, { 20, 30 }, { 5, 10 }, { 20, 25 }, { 5, 25 }, { 10, 20 } };
+    unsigned i;
+
+    for (i = 0; i < sizeof spans / sizeof *spans; i++) {
+        struct lm_span span = { .region = one, .next = spans[i][0], .end = spans[i][1] };
+
+        CHECK(lm_queue_push_span(&queue, &span, false));
+    }
+    CHECK(lm_queue_push_span(&queue, &(struct lm_span){ .region = two, .next = 10, .end = 20 }, false));
+    lm_queue_cut_spans(&queue, one, 10, 20);
+    for (i = 0; i < sizeof left / sizeof *left; i++) {
+        const struct lm_span *span = lm_queue_first_span(&queue);
+
+        CHECK(span != NULL && span->next == left[i][0] && span->end == left[i][1]);
+        lm_queue_pop_span(&queue);
+    }
+    CHECK(lm_queue_first_span(&queue) == NULL);
+}
+
 int main(void)
 {
     CHECK(lm_codec_find(LM_FN_XXH3_64, "libxxhash.so.0", "XXH3_64bits") == 0);
@@ -271,6 +296,7 @@ int main(void)
     test_table_refuses_runs_that_do_not_fit();
     test_a_chunk_has_one_owner();
     test_queue_keeps_order_and_forgets_a_region();
+    test_queue_cuts_spans_where_they_overlap();
     puts("ok");
     return 0;
 }
