@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -25,6 +25,9 @@ from ..snapshot import Snapshot
 from .deferred import Composed, Deferred, defer, realize
 from .files import write_files
 from .redirection import EMPTY_FILE, shown_as
+
+#: Levels of a configuration; real ones have some ten.
+_MAX_NESTING: Final = 64
 
 
 def from_pretrained(
@@ -56,6 +59,9 @@ def from_pretrained(
             raise OptionError(f"{name}= means nothing here: the weights are those of the source")
     snapshot = snapshots.open(source, mode="c", storage_options=storage_options, cache=cache, backend=backend)
     with tempfile.TemporaryDirectory(prefix="lazymem-") as folder:
+        weights = os.path.join(folder, "model.safetensors")
+        with open(weights, "wb") as file:
+            file.write(EMPTY_FILE)
         names = write_files(snapshot, folder)
         if "config.json" not in names and not isinstance(kwargs.get("config"), transformers.PretrainedConfig):
             raise UnsupportedFormat(
@@ -64,10 +70,8 @@ def from_pretrained(
                 url=snapshot.url,
                 field="config.json",
             )
-        weights = os.path.join(folder, "model.safetensors")
-        with open(weights, "wb") as file:
-            file.write(EMPTY_FILE)
-        chosen = model_class or _class_of(snapshot, folder)
+        named = _class_of(snapshot, folder)
+        chosen = model_class or named
         with shown_as(weights, {name: defer(snapshot, name) for name in snapshot}):
             result = chosen.from_pretrained(folder, *model_args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result
@@ -82,21 +86,42 @@ def from_pretrained(
 def _class_of(snapshot: Snapshot, folder: str) -> Any:
     """The class that config.json names; AutoModel where it names none that is known."""
     path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         return transformers.AutoModel
     with open(path, "rb") as file:
         try:
-            config = json.load(file)
-        except ValueError as error:
-            raise FormatError(
-                f"{snapshot.url}: config.json is no JSON ({error}); get the model again",
-                url=snapshot.url,
-                field="config.json",
-            ) from None
-    architectures = config.get("architectures") if isinstance(config, dict) else None
+            config = json.load(file)  # not the strict reader: there are configurations with Infinity
+            problem = _problem_of(config)
+        except (ValueError, RecursionError) as error:
+            problem = f"is no JSON ({error})"
+    if problem is not None:
+        raise FormatError(
+            f"{snapshot.url}: config.json {problem}; get the model again",
+            url=snapshot.url,
+            field="config.json",
+        )
+    architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None
-    return found if hasattr(found, "from_pretrained") else transformers.AutoModel
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel
+
+
+def _problem_of(config: Any) -> str | None:
+    """What keeps transformers, which copies and prints it recursively, from reading it; None if nothing."""
+    if not isinstance(config, dict):
+        return f"is a JSON {type(config).__name__} instead of an object"
+    level: list[Any] = [config]
+    for _ in range(_MAX_NESTING):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return None
+    return f"is nested more than {_MAX_NESTING} deep"
 
 
 def _make_real(model: torch.nn.Module) -> Composed | None:
