@@ -45,6 +45,8 @@ _PROGRESS_STEP: Final = 1 << 20
 _PIECE: Final = 4 << 20
 _MIN_HOLE: Final = 1 << 20  # shorter runs of zeros are written
 _MAX_ZIP_NAME: Final = 0xFFFF
+#: Who names a destination so means a file.
+_FILE_SUFFIXES: Final = (".safetensors", ".npz", ".npy", ".pt", ".pth", ".bin", ".gguf")
 
 
 def extract(
@@ -65,8 +67,9 @@ def extract(
         "npy": one array, or a folder with a file for each; "raw": the bytes of the one array
         named, or of the whole content; "safetensors".
     names: the arrays to write; None writes all. Of a remote snapshot only their chunks are fetched.
-    destination: a local file, or, where several are written, a folder, made if need be. Where it is an
-        existing folder, a single file goes into it. overwrite: replace files that exist.
+    destination: a local file, or, where several are written, a folder, made if need be unless it is
+        called like a file (.safetensors, .npz ...). Where it is an existing folder, a single file goes into
+        it. overwrite: replace files that exist.
     storage_options, cache: as for `open`, but cache=None is none, whatever the environment says: what is
         read once would push out what is touched often.
     progress: called with (bytes done, bytes in all).
@@ -232,6 +235,14 @@ class _Job:
         """`target`, or the file `name` in it if it is an existing folder."""
         return os.path.join(target, name) if os.path.isdir(target) else target
 
+    def check_folder(self, target: str, files: int) -> None:
+        """Refuse to make a folder that is called like a file for several files."""
+        if files > 1 and target.lower().endswith(_FILE_SUFFIXES) and not os.path.lexists(target):
+            raise OptionError(
+                f"{target}: is called like a file, but {files} files would be written; name a folder, or "
+                'take the arrays as one file (format="safetensors" or "npz", `--format` on the command line)'
+            )
+
     def path_below(self, folder: str, name: str) -> str:
         """The path of `name`, which comes from the snapshot, in `folder`; makes the folders to it."""
         why = unsafe_name(name)
@@ -311,6 +322,7 @@ def _extract_original(job: _Job, origin: Origin, target: str) -> None:
     if len(origin.files) == 1 and not os.path.isdir(target):
         _extract_file(job, 0, origin.files[0], target)
         return
+    job.check_folder(target, len(origin.files))
     for number, file in enumerate(origin.files):
         _extract_file(job, number, file, job.path_below(target, file.name))
 
@@ -418,6 +430,7 @@ def _extract_raw(job: _Job, target: str, names: Sequence[str] | None) -> None:
 def _extract_npy(job: _Job, target: str, names: list[str]) -> None:
     paths = [job.path(target, job.default_name(".npy"))]
     if len(names) != 1:
+        job.check_folder(target, len(names))
         paths = [job.path_below(target, name + ".npy") for name in names]
     with job.ahead(names):
         for name, path in zip(names, paths, strict=True):

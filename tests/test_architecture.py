@@ -43,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "torch": {"order", "progress", "snapshot", "composition", "catalog", "dtypes", "errors"},
     "safetensors": {"torch", "transformers", "snapshot", "catalog", "containers", "store", "options",
                     "errors"},
-    "transformers": {"torch", "order", "progress", "snapshot", "composition", "format", "errors"},
+    "transformers": {"torch", "order", "progress", "snapshot", "composition", "format", "containers",
+                     "errors"},
     "summary": {"recognizer", "catalog", "carried", "opener", "format", "containers", "store", "errors",
                 "options"},
 }

@@ -43,7 +43,8 @@ class BuildReport:
     source_bytes: of what went in.
     chunks: all of them; zero_chunks take no bytes, raw_chunks did not shrink. digest: hexadecimal.
     exact: `extract` gives back the very files that went in, or none did; else reason says why not.
-    left_out: files of a model folder that were not taken, because they hold the same weights once more.
+    left_out: what lies in a model folder and was not taken: files that hold the same weights once more, links
+        that lead out of it, to a folder or nowhere, pipes, names that cannot be printed.
     """
 
     path: str
@@ -81,9 +82,9 @@ def build(
     source: a mapping of names to arrays, of which those that lie in the memory of an earlier one take no
         bytes again; the path or URL of a container (.npy, .npz, .gguf, .safetensors, .pt, an index of
         shards), of a snapshot, or of any other file, whose bytes become the array "data"; of a model folder,
-        all of which goes in (weights, configuration, tokenizer ...), but not hidden files nor the same
-        weights in further formats; a list of such, folders then for their weights only; a binary file
-        object; or "-" for standard input.
+        all of which goes in (weights, configuration, tokenizer ...), but not hidden files, the same weights
+        in further formats, nor links out of it (except to the weights, and in Hugging Face's cache); a list
+        of such, folders then for their weights only; a binary file object; or "-" for standard input.
     codec, level, chunk_size, planes, threads: see `BuildOptions`.
     metadata, array_metadata: JSON, kept with what the source says, over which they win.
     overwrite: whether to replace an existing destination: None, if it is a snapshot or empty; True,

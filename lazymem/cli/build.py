@@ -80,10 +80,10 @@ def build(
 
     SRC is a .safetensors, .npy or .npz file, a model folder, another snapshot, any other file (its bytes
     become the array "data"), or - for standard input. Of a model folder everything goes in: weights,
-    configuration, tokenizer; not the same weights in further formats. Several SRC are put into
-    one snapshot. SRC and DST may be URLs (s3://bucket/key; SRC also http and https). DST appears when it
-    is whole and synced, or uploaded in full; until then nothing stands under its name, and an upload
-    that is interrupted leaves no parts. Memory stays bounded whatever the size of SRC.
+    configuration, tokenizer; not the same weights in further formats, nor links out of it. Several SRC
+    are put into one snapshot. SRC and DST may be URLs (s3://bucket/key; SRC also http and https). DST
+    appears when it is whole and synced, or uploaded in full; until then nothing stands under its name, and
+    an upload that is interrupted leaves no parts. Memory stays bounded whatever the size of SRC.
 
     \b
     Examples:
@@ -122,7 +122,10 @@ def build(
         shown = ", ".join(plain(name) for name in result.left_out[:_MAX_LEFT_OUT])
         more = len(result.left_out) - _MAX_LEFT_OUT
         rest = f" and {more} more" if more > 0 else ""
-        click.echo(f"lazymem: note: left out, as weights in another format: {shown}{rest}", err=True)
+        click.echo(
+            f"lazymem: note: left out, as weights in another format or no file of the folder: {shown}{rest}",
+            err=True,
+        )
     if not quiet and sys.stdout.isatty():
         ratio = result.source_bytes / result.file_bytes
         click.echo(

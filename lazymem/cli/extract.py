@@ -37,13 +37,14 @@ def extract(
     """Write what is in the snapshot SRC to DST: the files it was built from, or the arrays NAME.
 
     Without options DST becomes the original container, byte for byte and checked by its SHA-256; a
-    folder, if there were several files. Snapshots of arrays that were in memory, or NAMEs, become an
-    .npz. Every file appears whole or not at all. SRC is a path or URL; of a URL only the chunks that are
-    written are fetched. DST is local.
+    folder, if there were several files, as of a model folder. Snapshots of arrays that were in memory,
+    or NAMEs, become an .npz. Every file appears whole or not at all. SRC is a path or URL; of a URL only
+    the chunks that are written are fetched. DST is local.
 
     \b
     Examples:
       lazymem extract model.lzm model.safetensors
+      lazymem extract all-MiniLM-L6-v2.lzm all-MiniLM-L6-v2/
       lazymem extract --format npz s3://bucket/model.lzm weights.npz
       lazymem extract --format npy model.lzm bias.npy pooler.dense.bias
       lazymem extract --format raw memory.lzm memory.img

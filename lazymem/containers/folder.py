@@ -7,21 +7,23 @@ dispatch as for a file alone. The index is Hugging Face's
 
 Owns which files of a folder are the model's weights, which others belong to it and are carried along by
 `build`, and which are left out: those that hold the weights once more, for another framework or runtime,
-and hidden ones.
+hidden ones, and what is no file of the folder. Of a folder that comes from somebody else a link could put
+any file of this machine into a snapshot that is given away; so links that lead out of it are followed by
+`build` for the weights only, which must hold tensors, and in Hugging Face's cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from ..errors import AccessDenied, FormatError, LazymemError, OptionError, SnapshotNotFound
 from ..store import locations
-from ..store.base import Blob, Opener
+from ..store.base import Blob, Entries, Opener
 from .base import ArrayEntry, Directory, damaged, read_head, unsupported
 from .safetensors import SUFFIX
 from .strict_json import load_json
@@ -31,11 +33,12 @@ MAX_INDEX: Final = 100_000_000
 #: Files beside the weights that `build` carries, and their bytes. Each takes a descriptor meanwhile.
 MAX_CARRIED: Final = 256
 MAX_CARRIED_BYTES: Final = 1 << 30
+#: Sub-folders in one another.
+MAX_DEPTH: Final = 8
 
 _INDEXES: Final = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES: Final = ("model.safetensors", "pytorch_model.bin")
 _CONFIG: Final = "config.json"
-_MAX_DEPTH: Final = 8
 _MAX_SEEN: Final = 10_000
 #: Files that hold weights, whoever's; beside safetensors they hold the same ones.
 _WEIGHTS: Final = (
@@ -76,17 +79,17 @@ def read_folder(folder: str, opener: Opener, read: ReadFile, *, whole: bool = Fa
         else:
             return _read_index(blob, index, opener, read)
     try:
-        names = _entries(folder, opener)
+        entries = _entries(folder, opener)
     except OptionError:
         return _read_unlisted(folder, opener, read, whole)
-    files = [name for name in names if not name.endswith("/")]
+    files = [name for name in entries.names if not name.endswith("/")]
     chosen_index, shards = _choose(files, url)
     if chosen_index is not None:
         directory = read_index(opener.join(folder, chosen_index), opener, read)
     else:
         directory = _merge(_open_shards(folder, shards, opener, url, read), url)
     directory = replace(directory, folder=folder)
-    return _carry(directory, opener, names) if whole else directory
+    return _carry(directory, opener, entries) if whole else directory
 
 
 def read_index(location: str, opener: Opener, read: ReadFile) -> Directory:
@@ -99,7 +102,7 @@ def list_files(folder: str, opener: Opener) -> list[str]:
 
     Raises `OptionError` where the store cannot list; `FormatError` if there are too many.
     """
-    return list(_walk(folder, opener, _entries(folder, opener)))
+    return _walk(folder, opener, _entries(folder, opener)).names
 
 
 def location_in(folder: str, name: str, opener: Opener) -> str:
@@ -112,7 +115,7 @@ def location_in(folder: str, name: str, opener: Opener) -> str:
 # ---- which files ----
 
 
-def _entries(folder: str, opener: Opener) -> list[str]:
+def _entries(folder: str, opener: Opener) -> Entries:
     try:
         return opener.entries(folder)
     except LazymemError:
@@ -170,16 +173,21 @@ def _read_unlisted(folder: str, opener: Opener, read: ReadFile, whole: bool) -> 
     )
 
 
-def _walk(folder: str, opener: Opener, entries: list[str]) -> Iterator[str]:
-    """Files below `folder`, whose own entries are given; without hidden ones."""
+def _walk(folder: str, opener: Opener, entries: Entries) -> Entries:
+    """Files below `folder`, whose own entries are given, and what is neither file nor folder.
+
+    Without hidden ones.
+    """
+    files: list[str] = []
+    others: list[str] = []
     pending, seen = [("", folder, entries)], 0
     while pending:
-        prefix, location, names = pending.pop()
-        seen += len(names)
-        if seen > _MAX_SEEN or prefix.count("/") > _MAX_DEPTH:
+        prefix, location, (names, unusual) = pending.pop()
+        seen += len(names) + len(unusual)
+        if seen > _MAX_SEEN or prefix.count("/") > MAX_DEPTH:
             url = locations.display(folder)
             raise FormatError(
-                f"{url}: the folder holds more than {_MAX_SEEN} files, or sub-folders {_MAX_DEPTH} deep, and "
+                f"{url}: the folder holds more than {_MAX_SEEN} files, or sub-folders {MAX_DEPTH} deep, and "
                 "is taken for no model; name the file of weights in it",
                 url=url,
                 field="the folder",
@@ -191,7 +199,9 @@ def _walk(folder: str, opener: Opener, entries: list[str]) -> Iterator[str]:
                 below = opener.join(location, name[:-1]) + "/"
                 pending.append((prefix + name, below, _entries(below, opener)))
             else:
-                yield prefix + name
+                files.append(prefix + name)
+        others += [prefix + name for name in unusual if not name.startswith(".")]
+    return Entries(files, others)
 
 
 def _is_repetition(path: str, paths: set[str]) -> bool:
@@ -211,18 +221,24 @@ def _is_repetition(path: str, paths: set[str]) -> bool:
     )
 
 
-def _carry(directory: Directory, opener: Opener, entries: list[str]) -> Directory:
+def _carry(directory: Directory, opener: Opener, entries: Entries) -> Directory:
     """The same with the folder's other files, or an error; then it is closed."""
     folder = directory.folder or ""
     url = locations.display(folder)
     opened: list[Blob] = []
     try:
         taken = {*directory.file_names, *directory.extra_files}
-        paths = set(_walk(folder, opener, entries)) - taken
-        left_out = sorted(
-            path for path in paths if _is_repetition(path, paths) or "\\" in path or not path.isprintable()
-        )
-        carried = sorted(paths - set(left_out))
+        found = _walk(folder, opener, entries)
+        paths = set(found.names) - taken
+        left_out = {
+            path
+            for path in paths
+            if _is_repetition(path, paths)
+            or "\\" in path
+            or not path.isprintable()
+            or opener.leads_out(location_in(folder, path, opener), folder)
+        }
+        carried = sorted(paths - left_out)
         if len(carried) > MAX_CARRIED:
             raise _too_much(url, f"{len(carried)} files", f"{MAX_CARRIED} files")
         opened = _open_all(folder, carried, lambda path: opener.open(location_in(folder, path, opener)))
@@ -238,7 +254,7 @@ def _carry(directory: Directory, opener: Opener, entries: list[str]) -> Director
         directory,
         files=[*directory.files, *opened],
         file_names=[*directory.file_names, *carried],
-        left_out=left_out,
+        left_out=sorted(left_out.union(found.others)),
     )
 
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 from ..errors import LazymemError
 
@@ -52,6 +52,17 @@ class Blob(Protocol):
         """Idempotent."""
 
 
+class Entries(NamedTuple):
+    """What lies directly in a folder, sorted.
+
+    names: of files, and of sub-folders, which end in "/". others: of what is neither or cannot be told:
+    links that lead nowhere, in circles or to a folder, pipes.
+    """
+
+    names: list[str]
+    others: list[str]
+
+
 class Opener(Protocol):
     """Turns a location (path or URL) into blobs; made by `lazymem.opener`, handed down to the readers."""
 
@@ -61,11 +72,11 @@ class Opener(Protocol):
     def is_folder(self, location: str) -> bool:
         """Whether it is a folder: a directory, or a URL that ends in "/"."""
 
-    def entries(self, folder: str) -> list[str]:
-        """Names of what lies directly in `folder`, sorted; those of sub-folders end in "/".
+    def entries(self, folder: str) -> Entries:
+        """What lies directly in `folder`. Raises `OptionError` where the store cannot list."""
 
-        Raises `OptionError` where the store cannot list.
-        """
+    def leads_out(self, location: str, folder: str) -> bool:
+        """Whether the file `location` is a link to one that is no part of `folder`, below which it lies."""
 
     def join(self, folder: str, name: str) -> str:
         """The location of `name` in `folder`."""

@@ -8,15 +8,16 @@ against torch's API; without a GPU it is tested with the CPU as the device.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 
 from ..catalog import ArrayInfo
+from ..errors import OptionError
 from ..progress import Progress
 from ..snapshot import Snapshot
-from .tensors import meta_tensor, torch_dtype, torch_shape
+from .tensors import meta_tensor, torch_dtype, torch_shape, torch_steps
 
 #: Bytes sent at once.
 PIECE: Final = 16 << 20
@@ -55,12 +56,14 @@ def stream(
     """All arrays of `snapshot`, which is open in mode "r" and for this alone, as tensors of `device`.
 
     Names that show the same bytes in the same way become one tensor. Blocks until all are there; needs
-    memory for the pieces under way. Raises as `prefetch(wait=True)`.
+    memory for the pieces under way. Raises `UnsupportedDtype`, `OptionError` for strides that are no whole
+    elements, both before anything is read, and as `prefetch(wait=True)`.
     """
     infos = [snapshot.info(name) for name in snapshot]
     if device.type == "meta":
         return {info.name: meta_tensor(info.dtype, info.shape, info.metadata) for info in infos}
     first = {_key(info): info.name for info in reversed(infos)}
+    forms = {key: _form(snapshot.info(name)) for key, name in first.items()}
     flats = {
         name: torch.empty(snapshot.info(name).nbytes, dtype=torch.uint8, device=device)
         for name in first.values()
@@ -73,7 +76,7 @@ def stream(
         if progress is not None:
             progress(done, total)
     stage.finish()
-    made = {key: _shape(snapshot.info(name), flats[name]) for key, name in first.items()}
+    made = {key: _shape(forms[key], flats[name]) for key, name in first.items()}
     return {info.name: made[_key(info)] for info in infos}
 
 
@@ -81,14 +84,33 @@ def _key(info: ArrayInfo) -> tuple[Any, ...]:
     return info.offset, info.nbytes, info.dtype, info.shape, info.order, info.strides
 
 
-def _shape(info: ArrayInfo, flat: torch.Tensor) -> torch.Tensor:
+class _Form(NamedTuple):
+    """How torch shows an array's bytes. steps: strides in elements, where they do not follow one another."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    order: str
+    steps: list[int] | None
+
+
+def _form(info: ArrayInfo) -> _Form:
     dtype, shape = torch_dtype(info.dtype, info.metadata), torch_shape(info.dtype, info.shape, info.metadata)
-    if not info.nbytes:
+    if info.strides is None:
+        return _Form(dtype, shape, info.order, None)
+    try:
+        steps = torch_steps(info.shape, info.strides, info.dtype.itemsize)
+    except OptionError as error:
+        raise OptionError(f"array {info.name!r}: {error}") from None
+    return _Form(dtype, shape, info.order, steps)
+
+
+def _shape(form: _Form, flat: torch.Tensor) -> torch.Tensor:
+    dtype, shape, order, steps = form
+    if not flat.nbytes:
         return torch.empty(shape, dtype=dtype, device=flat.device)
     numbers = flat.view(dtype)
-    if info.strides is not None:
-        steps = [stride // info.dtype.itemsize for stride in info.strides]
+    if steps is not None:
         return numbers.as_strided(shape, steps)
-    if info.order == "F":
+    if order == "F":
         return numbers.view(shape[::-1]).permute(*reversed(range(len(shape))))
     return numbers.view(shape)

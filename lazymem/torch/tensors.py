@@ -99,6 +99,19 @@ def torch_shape(
     return (*own[:-1], own[-1] // 2)
 
 
+def torch_steps(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> list[int]:
+    """Strides in elements, as torch has them, for strides in bytes.
+
+    Raises `OptionError` for those that go backwards or are no whole elements.
+    """
+    used = [0 if length == 1 else stride for length, stride in zip(shape, strides, strict=True)]
+    if any(stride < 0 or stride % itemsize for stride in used):
+        raise OptionError(
+            f"a tensor cannot step by {tuple(strides)} bytes through elements of {itemsize}; copy the array"
+        )
+    return [stride // itemsize for stride in used]
+
+
 def meta_tensor(
     dtype: np.dtype[Any], shape: Sequence[int], metadata: Mapping[str, Any] = _NO_METADATA
 ) -> torch.Tensor:
@@ -122,20 +135,14 @@ def tensor_of(array: NDArray[Any], metadata: Mapping[str, Any] = _NO_METADATA) -
             "a tensor cannot show read-only memory, since torch may write to it; open with mode='c'"
         )
     itemsize = array.dtype.itemsize
-    strides = [
-        0 if length == 1 else stride for length, stride in zip(array.shape, array.strides, strict=True)
-    ]
-    if any(stride < 0 or stride % itemsize for stride in strides):
-        raise OptionError(
-            f"a tensor cannot step by {array.strides} bytes through elements of {itemsize}; copy the array"
-        )
-    extent = itemsize + sum(
-        (length - 1) * stride for length, stride in zip(array.shape, strides, strict=True)
+    steps = torch_steps(array.shape, array.strides, itemsize)
+    extent = itemsize * (
+        1 + sum((length - 1) * step for length, step in zip(array.shape, steps, strict=True))
     )
     flat = torch.frombuffer(np.asarray(_Extent(array, extent)), dtype=torch.uint8).view(dtype)
     if array.flags.c_contiguous:
         return flat.view(shape)
-    return flat.as_strided(shape, [stride // itemsize for stride in strides])
+    return flat.as_strided(shape, steps)
 
 
 class _Extent:

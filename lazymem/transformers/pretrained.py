@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -29,6 +29,9 @@ from ..snapshot import Snapshot
 from .deferred import Composed, Deferred, defer, realize
 from .files import write_files
 from .redirection import EMPTY_FILE, shown_as
+
+#: Levels of a configuration; real ones have some ten.
+_MAX_NESTING: Final = 64
 
 
 def from_pretrained(
@@ -62,6 +65,9 @@ def from_pretrained(
         # One name for one model: code that comes with a model becomes a module of that name.
         folder = os.path.join(temporary, "lazymem_" + hashlib.sha256(snapshot.url.encode()).hexdigest()[:16])
         os.mkdir(folder)
+        weights = os.path.join(folder, "model.safetensors")
+        with open(weights, "wb") as file:
+            file.write(EMPTY_FILE)
         names = write_files(snapshot, folder)
         if "config.json" not in names and not isinstance(kwargs.get("config"), transformers.PretrainedConfig):
             raise UnsupportedFormat(
@@ -70,10 +76,8 @@ def from_pretrained(
                 url=snapshot.url,
                 field="config.json",
             )
-        weights = os.path.join(folder, "model.safetensors")
-        with open(weights, "wb") as file:
-            file.write(EMPTY_FILE)
-        chosen = model_class or _class_of(snapshot, folder)
+        named = _class_of(snapshot, folder)
+        chosen = model_class or named
         with (
             _naming(snapshot.url, folder),
             _real_before_dispatch(),
@@ -148,21 +152,42 @@ def _dispatch(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _class_of(snapshot: Snapshot, folder: str) -> Any:
     """The class that config.json names; AutoModel where it names none that is known."""
     path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         return transformers.AutoModel
     with open(path, "rb") as file:
         try:
-            config = json.load(file)
-        except ValueError as error:
-            raise FormatError(
-                f"{snapshot.url}: config.json is no JSON ({error}); get the model again",
-                url=snapshot.url,
-                field="config.json",
-            ) from None
-    architectures = config.get("architectures") if isinstance(config, dict) else None
+            config = json.load(file)  # not the strict reader: there are configurations with Infinity
+            problem = _problem_of(config)
+        except (ValueError, RecursionError) as error:
+            problem = f"is no JSON ({error})"
+    if problem is not None:
+        raise FormatError(
+            f"{snapshot.url}: config.json {problem}; get the model again",
+            url=snapshot.url,
+            field="config.json",
+        )
+    architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None
-    return found if hasattr(found, "from_pretrained") else transformers.AutoModel
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel
+
+
+def _problem_of(config: Any) -> str | None:
+    """What keeps transformers, which copies and prints it recursively, from reading it; None if nothing."""
+    if not isinstance(config, dict):
+        return f"is a JSON {type(config).__name__} instead of an object"
+    level: list[Any] = [config]
+    for _ in range(_MAX_NESTING):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return None
+    return f"is nested more than {_MAX_NESTING} deep"
 
 
 def _make_real(model: torch.nn.Module) -> Composed | None:

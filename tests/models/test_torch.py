@@ -415,6 +415,16 @@ def test_stream_keeps_strides_and_ties(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor), name
 
 
+def test_stream_refuses_strides_of_no_whole_elements_before_it_reads(tmp_path: Path) -> None:
+    records = np.zeros(1000, [("a", "<f4"), ("b", "u1")])
+    lazymem.build({"raw": records.view(np.uint8), "a": records["a"]}, tmp_path / "m.lzm")
+    with lazymem.open(tmp_path / "m.lzm", backend="uffd-user") as snapshot:
+        assert snapshot.info("a").strides == (5,)
+        with pytest.raises(lazymem.OptionError, match=r"array 'a'.*cannot step by \(5,\) bytes"):
+            stream(snapshot, torch.device("cpu"))
+        assert snapshot.stats().chunks_populated == 0
+
+
 def test_load_file_to_meta_reads_nothing(tmp_path: Path) -> None:
     path, tensors = big_file(tmp_path)
     found = lazymem.torch.load_file(path, "meta")

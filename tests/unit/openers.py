@@ -13,7 +13,7 @@ from lazymem.errors import SnapshotNotFound
 from lazymem.opener import LocationOpener
 from lazymem.options import StoreOptions
 from lazymem.store import locations
-from lazymem.store.base import Blob
+from lazymem.store.base import Blob, Entries
 
 #: What a remote blob fetches when it is opened.
 TAIL = 64 << 10
@@ -89,11 +89,14 @@ class FakeOpener:
     def is_folder(self, location: str) -> bool:
         return location.endswith("/")
 
-    def entries(self, folder: str) -> list[str]:
+    def entries(self, folder: str) -> Entries:
         assert self._lists, "nothing was to be listed"
         self.listed += 1
         path = self._folder / folder.removeprefix("mem://")
-        return sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
+        return Entries(sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir()), [])
+
+    def leads_out(self, location: str, folder: str) -> bool:
+        return False
 
     def join(self, folder: str, name: str) -> str:
         return locations.join(folder, name)

@@ -24,6 +24,7 @@ from lazymem.errors import (
     UnsupportedFormat,
 )
 from lazymem.recognizer import recognize
+from lazymem.store.base import Entries
 
 from .openers import FakeOpener, open_container
 
@@ -259,7 +260,7 @@ def test_folder_by_url_is_carried_whole(whole: Path) -> None:
 class Unlisted(FakeOpener):
     """As http servers are."""
 
-    def entries(self, folder: str) -> list[str]:
+    def entries(self, folder: str) -> Entries:
         raise OptionError(f"{folder}: cannot be listed")
 
 
@@ -296,15 +297,68 @@ def test_folder_with_too_many_or_too_large_files_is_refused(
     assert not (tmp_path / "m.lzm").exists()
 
 
-def test_folder_links_to_files_are_followed_and_to_folders_are_not(whole: Path, tmp_path: Path) -> None:
-    write_files(tmp_path, {"blobs/abc": b"in the cache", "elsewhere/x": b"no"})
-    (whole / "vocab.txt").symlink_to("../blobs/abc")
-    (whole / "round").symlink_to("../whole")
-    (whole / "away").symlink_to("../elsewhere")
-    lazymem.build(whole, tmp_path / "m.lzm")
+def test_folder_links_are_followed_only_to_its_own_files(whole: Path, tmp_path: Path) -> None:
+    write_files(tmp_path, {"secret": b"no", "whole-not/x": b"no", "elsewhere/x": b"no", "closed/x": b"no"})
+    links = {
+        "out.txt": tmp_path / "secret",
+        "1_Pooling/out.txt": "../../secret",
+        "sibling.txt": "../whole-not/x",
+        "hop.txt": "out.txt",
+        "round": "../whole",
+        "away": "../elsewhere",
+        "loop": "loop",
+        "1_Pooling/loop.json": "loop.json",
+        "nowhere.json": "missing.json",
+        "closed.txt": "../closed/x",
+    }
+    for name, target in links.items():
+        (whole / name).symlink_to(target)
+    os.mkfifo(whole / "pipe")
+    (whole / "vocab.txt").symlink_to("1_Pooling/config.json")
+    (whole / ".loop").symlink_to(".loop")
+    os.chmod(tmp_path / "closed", 0)
+    report = lazymem.build(whole, tmp_path / "m.lzm")
+    assert set(report.left_out) == {*REPEATED, *links, "pipe"}
     with lazymem.open(tmp_path / "m.lzm") as snap:
-        assert snap.read_file("vocab.txt") == b"in the cache"
         assert set(snap.files) == {*SMALL, "vocab.txt", "model.safetensors"}
+        assert snap.read_file("vocab.txt") == SMALL["1_Pooling/config.json"]
+    with lazymem.open(whole) as snap:
+        assert {*SMALL, "vocab.txt", "out.txt"} <= set(snap.files)
+        assert not {"loop", "nowhere.json", "pipe", "round"} & set(snap.files)
+        assert np.array_equal(snap["embed"], WEIGHTS["embed"])
+    assert run(["ls", str(whole)]) == 0
+
+
+@pytest.mark.parametrize("by_link", [False, True])
+def test_folder_in_hugging_faces_cache_is_built_of_its_blobs(
+    whole: Path, tmp_path: Path, by_link: bool
+) -> None:
+    cache = tmp_path / "hub" / "models--me--tiny"
+    revision = cache / "snapshots" / "0123abcd"
+    blobs = {name: f"{number:040x}" for number, name in enumerate([*SMALL, "model.safetensors"])}
+    for name, blob in blobs.items():
+        write_files(cache / "blobs", {blob: (whole / name).read_bytes()})
+        (revision / name).parent.mkdir(parents=True, exist_ok=True)
+        (revision / name).symlink_to(Path(*[".."] * (2 + name.count("/")), "blobs", blob))
+    write_files(tmp_path / "hub" / "models--me--other" / "blobs", {"f" * 40: b"another model's"})
+    (revision / "other.json").symlink_to("../../../models--me--other/blobs/" + "f" * 40)
+    (revision / "ref.txt").symlink_to("../../refs/main")
+    write_files(cache, {"refs/main": b"0123abcd"})
+    (tmp_path / "tiny").symlink_to(revision)
+    report = lazymem.build(tmp_path / "tiny" if by_link else revision, tmp_path / "m.lzm")
+    assert report.left_out == ("other.json", "ref.txt")
+    with lazymem.open(tmp_path / "m.lzm") as snap:
+        assert {name: snap.read_file(name) for name in SMALL} == SMALL
+        assert set(snap.files) == set(blobs)
+
+
+def test_folder_weights_may_be_links_out_of_it(model: Path, tmp_path: Path) -> None:
+    for name in ("model-1.safetensors", "model.safetensors.index.json"):
+        write_files(tmp_path / "disk", {name: (model / name).read_bytes()})
+        (model / name).unlink()
+        (model / name).symlink_to(tmp_path / "disk" / name)
+    report = lazymem.build(model, tmp_path / "m.lzm")
+    assert (report.exact, report.arrays) == (True, 3)
 
 
 def test_folder_snapshot_may_lie_in_the_folder(whole: Path) -> None:
@@ -328,7 +382,7 @@ def test_folder_verbs_say_what_is_carried_and_what_left_out(
 ) -> None:
     snapshot = str(tmp_path / "m.lzm")
     assert run(["build", str(whole), snapshot]) == 0
-    assert "left out, as weights in another format: 2_Dense/pytorch_model.bin" in capsys.readouterr().err
+    assert "weights in another format or no file of the folder: 2_Dense/py" in capsys.readouterr().err
     for source in (snapshot, str(whole)):
         assert run(["info", source]) == 0
         assert "1_Pooling/config.json" in capsys.readouterr().out

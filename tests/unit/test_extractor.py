@@ -138,6 +138,26 @@ def test_extract_gives_the_shards_and_their_index_back(folder: Path) -> None:
         assert path.read_bytes() == (folder / "model" / path.name).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["out.safetensors", "out.NPZ", "out.npy", "out.pt", "out.bin", "out.gguf"])
+def test_extract_of_several_files_makes_no_folder_called_like_a_file(
+    folder: Path, arrays: str, name: str
+) -> None:
+    os.mkdir("model")
+    save_file({"a": weights()}, "model/model.safetensors")
+    Path("model/config.json").write_text("{}")
+    build("model", "s.lzm", chunk_size=CHUNK)
+    with pytest.raises(OptionError, match=r"is called like a file, but 2 files .* name a folder"):
+        extract("s.lzm", name)
+    with pytest.raises(OptionError, match="is called like a file"):
+        extract(arrays, name, format="npy")
+    assert not Path(name).exists()
+    assert extract("s.lzm", name, format="safetensors") == [Path(name)]
+    os.unlink(name)
+    os.mkdir(name)
+    assert len(extract("s.lzm", name)) == 2
+    assert len(extract("s.lzm", "else." + name + "/")) == 2
+
+
 def test_extract_of_arrays_is_an_npz(arrays: str) -> None:
     assert extract(arrays, "out.npz") == [Path("out.npz")]
     with np.load("out.npz") as loaded:
