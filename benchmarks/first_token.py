@@ -56,7 +56,7 @@ _MEMORY: Final = 8  # times the model's bytes: the server takes 4.6 for its thre
 class Contender:
     """load: of first_token_contenders. source: the file, by its name in `_files`, or with `bucket` its key.
 
-    modules: imported before the clock starts; left out if missing.
+    modules: imported before the clock starts; left out if missing. tiny: runs in a tiny run, too.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Contender:
     load: Callable[..., Any]
     source: str
     modules: tuple[str, ...] = ()
+    tiny: bool = True
 
 
 _TORCH, _TRANSFORMERS = ("lazymem.torch",), ("lazymem.transformers",)
@@ -78,30 +79,31 @@ _pread = partial(loaders.safetensors, backend="pread")
 
 LOCAL: Final = (
     Contender("lazymem in place", "lazymem", _own, "safetensors", _TORCH),
-    Contender("lazymem.transformers in place", "lazymem", _hf, "folder", _TRANSFORMERS),
+    Contender("lazymem.transformers in place", "lazymem", _hf, "folder", _TRANSFORMERS, tiny=False),
     Contender("lazymem .lzm", "lazymem", _own, "lzm", _TORCH),
     Contender("lazymem .lzm, background", "lazymem", _background, "lzm", _TORCH),
     Contender("lazymem.transformers .lzm", "lazymem", _hf, "lzm", _TRANSFORMERS),
-    Contender("lazymem .lzm, codec none", "lazymem", _own, "plain lzm", _TORCH),
+    Contender("lazymem .lzm, codec none", "lazymem", _own, "plain lzm", _TORCH, tiny=False),
     Contender("transformers", "peer", loaders.transformers, "folder"),
     Contender("safetensors mmap", "peer", loaders.safetensors, "safetensors", _SAFETENSORS),
-    Contender("safetensors pread", "peer", _pread, "safetensors", _SAFETENSORS),
+    Contender("safetensors pread", "peer", _pread, "safetensors", _SAFETENSORS, tiny=False),
     Contender("torch.load mmap", "peer", loaders.torch_mmap, "bin"),
     Contender("Run:ai streamer", "peer", loaders.runai, "safetensors", _RUNAI),
     Contender("tensorizer", "peer", loaders.tensorizer, "tensors", _TENSORIZER),
     Contender("ZipNN", "peer", loaders.zipnn, "zipnn", ("zipnn.zipnn", *_SAFETENSORS)),
 )
 REMOTE: Final = (
-    Contender("lazymem .lzm", "lazymem", _own, "lzm", _TORCH),
+    Contender("lazymem .lzm", "lazymem", _own, "lzm", _TORCH, tiny=False),
     Contender("lazymem .lzm, background", "lazymem", _background, "lzm", _TORCH),
     Contender("lazymem in place", "lazymem", _own, "safetensors", _TORCH),
-    Contender("lazymem in place, background", "lazymem", _background, "safetensors", _TORCH),
+    Contender("lazymem in place, background", "lazymem", _background, "safetensors", _TORCH, tiny=False),
     Contender(
         "lazymem.transformers .lzm, background",
         "lazymem",
         partial(_hf, background=True),
         "lzm",
         _TRANSFORMERS,
+        tiny=False,
     ),
     Contender("boto3 download_file, safetensors", "peer", loaders.downloaded, "safetensors", _BOTO3),
     Contender("Run:ai streamer", "peer", loaders.runai, "safetensors", _RUNAI_S3),
@@ -109,9 +111,9 @@ REMOTE: Final = (
 )
 _touched, _asked = (partial(loaders.lazymem_tensors, prefetch=ahead) for ahead in (False, True))
 LAYER: Final = (
-    Contender("lazymem .lzm", "lazymem", _touched, "lzm", _TORCH),
+    Contender("lazymem .lzm", "lazymem", _touched, "lzm", _TORCH, tiny=False),
     Contender("lazymem .lzm, prefetch", "lazymem", _asked, "lzm", _TORCH),
-    Contender("lazymem in place, prefetch", "lazymem", _asked, "safetensors", _TORCH),
+    Contender("lazymem in place, prefetch", "lazymem", _asked, "safetensors", _TORCH, tiny=False),
     Contender("boto3 download_file, safetensors", "peer", loaders.downloaded_tensors, "safetensors", _BOTO3),
     Contender("Run:ai streamer", "peer", loaders.runai_tensors, "safetensors", _RUNAI_S3),
     Contender("tensorizer", "peer", loaders.tensorizer_tensors, "tensors", _TENSORIZER),
@@ -178,8 +180,7 @@ class _Question:
             self.settings.skipped.append("first_token: no cold runs, the kernel keeps the files in memory")
         for way, section in ways:
             cold = way == "cold"
-            ones = LOCAL[::3] if cold and self.settings.tiny else LOCAL
-            for one in self._installed(ones):
+            for one in self._wanted(LOCAL, once=cold):
                 path = self.files[one.source]
                 weights = plain if one.source == "folder" else path
                 run = partial(
@@ -218,7 +219,7 @@ class _Question:
 
     def _tokens_from(self, place: Place, server: Server) -> Iterator[Case]:
         section = f"From S3, {place.text}"
-        for one in self._installed(self._here(REMOTE, place, server)):
+        for one in self._wanted(REMOTE, once=place is server.far):
             run = partial(_tokens, one, source=_url(one), llama=self.llama)
             yield self._remote_case("S3", one, section, run, self.tokens, place, server)
         path = self.files["safetensors"]
@@ -228,16 +229,16 @@ class _Question:
 
     def _layer_from(self, place: Place, server: Server, names: Sequence[str], layer: int) -> Iterator[Case]:
         section = f"The first layer's weights alone, from S3, {place.text}"
-        for one in self._installed(self._here(LAYER, place, server)):
+        for one in self._wanted(LAYER, once=place is server.far):
             run = partial(_layer, one, source=_url(one), names=names)
             yield self._remote_case("layer", one, section, run, layer, place, server)
 
-    def _here(self, ones: Sequence[Contender], place: Place, server: Server) -> Sequence[Contender]:
-        return ones[:1] if self.settings.tiny and place is server.far else ones
-
     # ---- both ----
 
-    def _installed(self, ones: Sequence[Contender]) -> Iterator[Contender]:
+    def _wanted(self, ones: Sequence[Contender], once: bool) -> Iterator[Contender]:
+        """Those that are installed. once: this way has been tried before, in a tiny run one is enough."""
+        if self.settings.tiny:
+            ones = [one for one in ones if one.tiny][: 1 if once else None]
         for one in ones:
             missing = [module for module in one.modules if not have(module)]
             line = f"first_token: {one.name} left out: {', '.join(missing)} is not installed"
@@ -258,9 +259,8 @@ class _Question:
     ) -> Case:
         far = place is server.far
         apart = None
-        if not far:
-            bare = self.settings.tiny or one.kind == "bound"
-            importing = 0.0 if bare else import_seconds(one.modules, _GIVEN)
+        if not far and not self.settings.tiny:
+            importing = 0.0 if one.kind == "bound" else import_seconds(one.modules, _GIVEN)
             apart = partial(apart_counts, partial(run, place=server.counted), importing)
         way = f"{prefix} {place.name}" if far else prefix
         return self._case(way, one, section, partial(run, place=place), wanted, (), apart)
