@@ -23,7 +23,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from lazymem.options import cpu_count
 
-from . import fault_profile, first_element, full_scan, memory, random_touch, remote, report, weights
+from . import (
+    fault_profile,
+    first_element,
+    first_token,
+    full_scan,
+    memory,
+    random_touch,
+    remote,
+    report,
+    weights,
+)
 from .data import KINDS, SEED, Data
 from .harness import Case, Outcome, run_cases
 from .question import Settings
@@ -36,6 +46,7 @@ QUESTIONS: Final[dict[str, ModuleType]] = {
     "fault_profile": fault_profile,
     "remote": remote,
     "weights": weights,
+    "first_token": first_token,  # the last one: from then on this process holds torch
 }
 _TINY_MB: Final = 8
 
@@ -81,7 +92,7 @@ def main(
         size_mb, model_mb, repeats = _TINY_MB, _TINY_MB, 1
     console, started = Console(), time.monotonic()
     if not console.is_terminal:
-        console.width = 160  # rich would cut the tables at 80
+        console.width = 200  # rich would cut the tables at 80
     threads, skipped = min(max(cpu_count(), 2), 8), list[str]()  # threads: what the engine takes
     answers: dict[str, list[Outcome]] = {}
     head: dict[str, Any] = {
@@ -112,6 +123,7 @@ def main(
                 cases = _matching(list(question.cases(data, settings)), match)
                 progress.update(task, total=len(cases) * repeats)
                 answers[name] = run_cases(cases, repeats, deadline, partial(_say, progress, task, advance=1))
+                getattr(question, "conclude", lambda outcomes: None)(answers[name])
             progress.remove_task(task)
             report.show(console, question, answers[name])
             report.write_plot(out / f"{name}.png", question, answers[name])

@@ -106,7 +106,7 @@ class StoredChunks:
         self.content_size = index.content_size
         records = index.records
         self._rows = [
-            tuple(int(records[name][i]) for name in ("offset", "stored_length", "codec", "width"))
+            tuple(int(records[name][i]) for name in ("offset", "stored_length", "codec", "width", "filter"))
             for i in range(len(records))
         ]
         self.count = len(self._rows)
@@ -120,12 +120,12 @@ class StoredChunks:
         scratch = np.ones(self.chunk_size, np.uint8)
 
         def decode(number: int) -> None:
-            offset, stored, codec, width = self._rows[number]
+            offset, stored, codec, width, kind = self._rows[number]
             length = min(self.chunk_size, self.content_size - number * self.chunk_size)
             source, target = self._base + offset, place(number)
             if check:
                 lib.lm_codec_checksum(ffi.cast("void *", source), stored)
-            first = scratch.ctypes.data if join and width else target
+            first = scratch.ctypes.data if join and kind else target
             if codec == lib.LM_CODEC_ZSTD:
                 got = zstd.lib.ZSTD_decompressDCtx(
                     context, zstd.ffi.cast("void *", first), length, zstd.ffi.cast("void *", source), stored
@@ -138,7 +138,7 @@ class StoredChunks:
             if got != length:
                 raise ValueError(f"chunk {number} decoded to {got} bytes, not {length}")
             if first != target:
-                lib.lm_planes_join(ffi.cast("void *", first), ffi.cast("void *", target), length, width)
+                lib.lm_planes_join(ffi.cast("void *", first), ffi.cast("void *", target), length, width, kind)
 
         return decode
 

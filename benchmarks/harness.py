@@ -214,9 +214,8 @@ def run_cases(
             if outcome.error is None:
                 try:
                     if round_number == 0 and case.apart is not None:
-                        apart[case.name] = in_child(case.apart, deadline)  # as warm as after a warm-up
-                    else:
-                        warm_up(case)
+                        apart[case.name] = in_child(case.apart, deadline)
+                    warm_up(case)
                     metrics = in_child(partial(_measure, case, check=round_number == 0), deadline)
                     metrics |= apart.get(case.name, {})
                 except CaseFailed as error:

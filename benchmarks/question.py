@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every question's module is given and gives.
 
-A question is a module with TITLE, COLUMNS, `cases(data, settings)` and `plot(figure, outcomes)`.
+A question is a module with TITLE, COLUMNS, `cases(data, settings)` and `plot(figure, outcomes)`, and may
+have `conclude(outcomes)`, which adds metrics that need all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ T = TypeVar("T")
 class Settings:
     """threads: of decoders and peers, as many as the engine runs. tiny: only whether it runs.
 
-    model_mb: size of the remote model, MiB. stack: for what must be ended when the question has been
+    model_mb: size of the models, MiB. stack: for what must be ended when the question has been
     answered. skipped: a question puts there, in a sentence each, what it had to leave out.
     """
 

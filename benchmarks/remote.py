@@ -23,7 +23,7 @@ from . import remote_sockets as sockets
 from .data import Data
 from .harness import Case, Meter, Metrics, Outcome, in_child
 from .question import COLOURS, Column, Settings, error_bars, medians
-from .remote_server import Model, NoServer, Place, Server, have, snapshot_key, start
+from .remote_server import Model, NoServer, Place, Server, files_by_key, have, snapshot_key, start
 
 TITLE: Final = "A model in S3: all of it, its first tensor, a few of its pages"
 COLUMNS: Final = (
@@ -40,6 +40,7 @@ DELAY: Final = 0.020
 _TENSOR_BYTES: Final = 16 << 20
 _TOUCHES: Final = 100
 _BOUND: Final = "sockets"
+_MEMORY: Final = 11  # times the model's bytes: the server keeps five copies and takes 8.5, clients up to two
 
 _LAZYMEM: Final = ("lazymem",)
 _BOTO3: Final = ("boto3", "botocore.config", "s3transfer.manager")
@@ -163,7 +164,8 @@ def cases(data: Data, settings: Settings) -> Iterator[Case]:
     data.folder.mkdir(exist_ok=True)
     model = Model(data, max(data.nbytes // _TENSOR_BYTES, 8))
     try:
-        server = start(settings.stack, model, DELAY, data.say)
+        need = _MEMORY * model.nbytes, f"with a model of {model.nbytes >> 20} MiB"
+        server = start(settings.stack, lambda: dict(files_by_key(model)), need, DELAY, data.say)
     except NoServer as reason:
         settings.skipped.append(f"remote: no S3 server: {reason}")
         return
@@ -210,7 +212,7 @@ def _cases_of(task: Task, place: Place, server: Server, model: Model, settings: 
         apart = None
         if not far and not peer_in_tiny:
             apart = partial(
-                _apart, runs["counted"], 0.0 if one.kind == "bound" else _import_seconds(one.modules)
+                apart_counts, runs["counted"], 0.0 if one.kind == "bound" else import_seconds(one.modules)
             )
         yield Case(
             name=prefix + one.name,
@@ -242,19 +244,19 @@ def _fill(name: str, run: Callable[..., Any], model: Model) -> Path:
     return folder
 
 
-def _apart(run: Callable[[Meter], Any], import_seconds: float) -> Metrics:
+def apart_counts(run: Callable[[Meter], Any], importing: float) -> Metrics:
     """Requests and bytes, counted on the way."""
     meter = Meter(0)
     run(meter)
     counted = {name: meter.metrics[name] for name in ("requests", "connections", "received_mib")}
-    return counted | ({"import_seconds": import_seconds} if import_seconds else {})
+    return counted | ({"import_seconds": importing} if importing else {})
 
 
 @cache
-def _import_seconds(modules: tuple[str, ...]) -> float:
-    """What importing a contender costs a new process that has numpy."""
+def import_seconds(modules: tuple[str, ...], given: tuple[str, ...] = ("numpy",)) -> float:
+    """What importing a contender costs a new process that has what is given."""
     code = (
-        "import time, numpy; started = time.perf_counter(); "
+        f"import time, {', '.join(given)}; started = time.perf_counter(); "
         f"import {', '.join(modules)}; print(time.perf_counter() - started)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

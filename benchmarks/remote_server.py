@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,7 +31,6 @@ BUCKET: Final = "models"
 _REGION: Final = "us-east-1"
 _CHUNK: Final = 2 << 20
 _SMALL_CHUNK: Final = 64 << 10
-_MEMORY: Final = 11  # times the model's bytes: the server keeps five copies and takes 8.5, clients up to two
 
 
 class NoServer(Exception):
@@ -194,8 +193,18 @@ class Server:
     far: Place
 
 
-def start(stack: ExitStack, model: Model, delay: float, say: Callable[[str], None]) -> Server:
-    """A server that holds the model, until `stack` ends. Raises `NoServer`."""
+def start(
+    stack: ExitStack,
+    files: Callable[[], Mapping[str, Path]],
+    memory: tuple[int, str],
+    delay: float,
+    say: Callable[[str], None],
+) -> Server:
+    """A server that holds files under their keys, until `stack` ends. Raises `NoServer`.
+
+    files: makes them, once it is known that there can be a server. memory: bytes that server and clients
+    take, and a sentence's part that says why.
+    """
     try:
         from tests.servers.install import RADOSGW
         from tests.servers.radosgw import RadosGateway
@@ -206,14 +215,14 @@ def start(stack: ExitStack, model: Model, delay: float, say: Callable[[str], Non
         ) from None
     if missing := RADOSGW.missing():
         raise NoServer(f"{', '.join(missing)} not found: apt-get install {' '.join(RADOSGW.packages)}")
-    if (wanted := _MEMORY * model.nbytes >> 20) > (there := available_mib()):
+    if (wanted := memory[0] >> 20) > (there := available_mib()):
         raise NoServer(
-            f"with a model of {model.nbytes >> 20} MiB server and clients take {wanted} MiB of memory, "
+            f"{memory[1]} server and clients take {wanted} MiB of memory, "
             f"and {there} are available; choose a smaller one with --model-mb"
         )
-    files = dict(_files(model))
+    made = dict(files())
     say("starting the S3 server")
-    size = sum(path.stat().st_size for path in files.values())
+    size = sum(path.stat().st_size for path in made.values())
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lazymem-bench-s3-")))
     try:
         gateway = stack.enter_context(RadosGateway(folder, memory=2 * size + (1 << 30)))
@@ -222,7 +231,7 @@ def start(stack: ExitStack, model: Model, delay: float, say: Callable[[str], Non
     keys = gateway.credentials.access_key, gateway.credentials.secret_key
     direct = Place("loopback", "over loopback", gateway.endpoint, *keys)
     say("uploading the model")
-    in_child(lambda: _upload(direct, files), deadline=600)
+    in_child(lambda: _upload(direct, made), deadline=600)
     relays = [stack.enter_context(Relay(gateway.port, seconds)) for seconds in (0.0, delay)]
     text = f"{1e3 * delay:.0f} ms"
     counted = Place("counted", "through a relay", relays[0].endpoint, *keys, relay=relays[0])
@@ -230,8 +239,7 @@ def start(stack: ExitStack, model: Model, delay: float, say: Callable[[str], Non
     return Server(direct, counted, far)
 
 
-def _files(model: Model) -> Iterator[tuple[str, Path]]:
-    """Keys, and the files that go there."""
+def files_by_key(model: Model) -> Iterator[tuple[str, Path]]:
     yield Model.SAFETENSORS, model.safetensors()
     for which in Model.SNAPSHOTS:
         yield snapshot_key(which), model.snapshot(which)

@@ -57,8 +57,14 @@ def _presigned(place: Place, key: str) -> str:
 
 def load(meter: Meter, place: Place, model: Model, names: Sequence[str]) -> list[Bytes]:
     """Nothing but receiving: a presigned URL and the places of the bytes are known beforehand."""
-    url, base = _presigned(place, Model.SAFETENSORS), len(model.header())
+    base = len(model.header())
     start, stop = model.stretch(names[0]).start, model.stretch(names[-1]).stop
+    return [receive(meter, place, Model.SAFETENSORS, base + start, base + stop)]
+
+
+def receive(meter: Meter, place: Place, key: str, start: int, stop: int) -> Bytes:
+    """Bytes start to stop of an object into fresh memory."""
+    url = _presigned(place, key)
     step = min(_RANGE, -(-(stop - start) // CONNECTIONS))
     with measured(meter, place):
         target = fresh_memory(stop - start, huge=False)  # as every client here has it
@@ -66,10 +72,10 @@ def load(meter: Meter, place: Place, model: Model, names: Sequence[str]) -> list
 
         def connect() -> Callable[[int], None]:
             connection = _Connection(url)
-            return lambda number: connection.get(base + start + number * step, out[number * step :][:step])
+            return lambda number: connection.get(start + number * step, out[number * step :][:step])
 
         in_threads(CONNECTIONS, -(-len(out) // step), connect)
-    return [target]
+    return target
 
 
 def touch(meter: Meter, place: Place, model: Model, touches: Touches) -> list[Bytes]:

@@ -25,7 +25,7 @@ from .question import Column
 SCHEMA: Final = 1
 _PACKAGES: Final = (
     "numpy", "zstandard", "lz4", "xxhash", "zarr", "numcodecs", "blosc2", "boto3", "s3fs", "obstore",
-    "runai-model-streamer-s3",
+    "runai-model-streamer-s3", "torch", "transformers", "safetensors", "tensorizer", "zipnn",
 )  # fmt: skip
 _STYLES: Final = {"lazymem": "bold green", "peer": "", "bound": "dim"}
 
@@ -121,9 +121,14 @@ def _sections(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     return found
 
 
+def _used(columns: Sequence[Column], outcomes: Sequence[Outcome]) -> list[Column]:
+    """Without those that would be empty."""
+    return [column for column in columns if any(outcome.values(column.metric) for outcome in outcomes)]
+
+
 def show(console: Console, question: ModuleType, outcomes: Sequence[Outcome]) -> None:
     for section, members in _sections(outcomes).items():
-        console.print(table(section or question.TITLE, question.COLUMNS, members))
+        console.print(table(section or question.TITLE, _used(question.COLUMNS, members), members))
     for outcome in outcomes:
         if outcome.error is not None:
             console.print(f"{outcome.case.name}: {outcome.error}", style="red", markup=False)
@@ -153,10 +158,10 @@ def write_markdown(
         f"{machine['kernel']}, huge pages {machine['huge_pages']}; Python {machine['python']}, {packages}.",
     ]
     for name, outcomes in answers.items():
-        columns = questions[name].COLUMNS
-        headings = _headings(columns)
         lines += ["", f"## {questions[name].TITLE}", "", f"![{name}]({name}.png)", ""]
         for section, members in _sections(outcomes).items():
+            columns = _used(questions[name].COLUMNS, members)
+            headings = _headings(columns)
             lines += ["", f"### {section}", ""] if section else []
             lines += ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
             for outcome in members:

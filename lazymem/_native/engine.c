@@ -157,38 +157,56 @@ bool lm_engine_push_span_locked(const struct lm_span *span, bool front)
     return true;
 }
 
+/* The scan that `chunk` goes on with; else a new one in the place of the one that rests longest. Several,
+ * because threads share an array: each goes through a stretch of its own. */
+static struct lm_scan *scan_of_locked(struct lm_region *region, uint64_t chunk)
+{
+    struct lm_scan *oldest = &region->ahead[0];
+
+    for (int i = 0; i < LM_SCANS; i++) {
+        struct lm_scan *scan = &region->ahead[i];
+
+        if (scan->used != 0 &&
+            (chunk == scan->last || chunk == scan->last + 1 || (chunk > scan->last && chunk <= scan->end)))
+            return scan;
+        if (scan->used < oldest->used)
+            oldest = scan;
+    }
+    *oldest = (struct lm_scan) { .last = chunk, .end = chunk + 1 };
+    return oldest;
+}
+
 /* A thread that reads one page after the next gets the following chunks beforehand: at most as many as
  * it has already gone through, never past the end of the array that it reads. */
 static void run_ahead_locked(struct lm_region *region, uint64_t chunk)
 {
-    uint64_t last = region->ahead.last, end, start, limit;
+    struct lm_scan *scan;
+    uint64_t end, start, limit;
 
-    if (region->readahead == 0 || chunk == last || !engine->has_helpers)
+    if (region->readahead == 0 || !engine->has_helpers)
         return;
-    region->ahead.last = chunk;
-    if (chunk != last + 1 && !(chunk > last && chunk <= region->ahead.end)) {
-        region->ahead.streak = 0;
-        region->ahead.window = 0;
-        region->ahead.end = chunk + 1;
+    scan = scan_of_locked(region, chunk);
+    scan->used = ++region->ahead_time;
+    if (chunk == scan->last)
+        return; /* again, or for the first time */
+    scan->last = chunk;
+    if (++scan->streak < 2)
         return;
-    }
-    if (++region->ahead.streak < 2)
-        return;
-    start = region->ahead.end > chunk + 1 ? region->ahead.end : chunk + 1;
-    if (start > chunk + 1 + region->ahead.window / 2)
+    start = scan->end > chunk + 1 ? scan->end : chunk + 1;
+    if (start > chunk + 1 + scan->window / 2)
         return; /* enough is under way */
-    region->ahead.window = region->ahead.window == 0 ? 1 : 2 * region->ahead.window;
-    if (region->ahead.window > region->readahead)
-        region->ahead.window = region->readahead;
+    scan->window = scan->window == 0 ? 1 : 2 * scan->window;
+    if (scan->window > region->readahead)
+        scan->window = region->readahead;
     limit = lm_region_array_end(region, chunk);
-    end = chunk + 1 + region->ahead.window;
+    end = chunk + 1 + scan->window;
     if (end > limit)
         end = limit;
     if (start < end) {
         struct lm_span span = { .region = region, .next = start, .end = end };
 
         if (lm_engine_push_span_locked(&span, false))
-            region->ahead.end = end;
+            scan->end = end;
     }
 }
 
@@ -804,8 +822,7 @@ static void revive_region(struct lm_region *region, const int *errors)
 
     region->tasks = region->calls = region->error_count = 0;
     region->closing = false; /* whoever was closing it is not here */
-    memset(&region->ahead, 0, sizeof region->ahead);
-    region->ahead.last = UINT64_MAX - 1;
+    memset(region->ahead, 0, sizeof region->ahead);
     if (region->backend == LM_BACKEND_EAGER || engine->lost)
         return;
     lm_table_abandon(&region->table);

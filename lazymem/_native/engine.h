@@ -27,6 +27,7 @@
 #define LM_COMPOSERS     16 /* threads that may wait for remote stock; */
 #define LM_COMPOSERS_KEPT 4 /* of them, those that are left to demand */
 #define LM_ERROR_SLOTS   64
+#define LM_SCANS         8 /* that a region knows of at a time */
 #define LM_ERROR_TEXT    512
 
 struct lm_counters {
@@ -37,6 +38,10 @@ struct lm_counters {
 };
 
 struct lm_extent { uint64_t start, length; }; /* bytes, from the region's base */
+
+/* Touches of one chunk after the other, by one thread. `end`: of what is under way ahead of them; `used`: a
+ * count of the region's touches, 0 for none. */
+struct lm_scan { uint64_t last, end, window, used; unsigned streak; };
 
 struct lm_region {
     struct lm_table table;
@@ -78,7 +83,8 @@ struct lm_region {
     unsigned calls; /* of the public functions, in other threads */
     struct { uint64_t chunk; int code; char text[LM_ERROR_TEXT]; } errors[LM_ERROR_SLOTS];
     unsigned error_count;
-    struct { uint64_t last, end, window; unsigned streak; } ahead;
+    struct lm_scan ahead[LM_SCANS];
+    uint64_t ahead_time;
     uint32_t readahead;
 
     struct lm_counters counters;

@@ -302,7 +302,6 @@ int lm_region_open(const lm_region_spec *spec, lm_region **ret_region)
     region->backend = spec->backend;
     region->writable = spec->writable != 0;
     region->readahead = spec->readahead;
-    region->ahead.last = UINT64_MAX - 1; /* no chunk follows it */
     region->serial = atomic_fetch_add(&serials, 1) + 1;
     error = lm_table_init(&region->table, spec);
     if (error == 0 && region->composed)

@@ -101,6 +101,27 @@ def test_full_scan_holds_everyone_against_the_bounds(results: dict[str, Any]) ->
             assert case["summary"][column]["median"] > 0
 
 
+# Everybody's tokens are held against those of transformers by the program itself.
+@pytest.mark.usefixtures("s3_server")
+def test_first_token_measures_every_candidate_from_disk_and_from_s3(
+    folder: Path, results: dict[str, Any]
+) -> None:
+    pytest.importorskip("safetensors")
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        pytest.skip("the model is transformers': pip install lazymem[test]")
+    check_question(results, "first_token")
+    assert (folder / "first_token.png").read_bytes().startswith(b"\x89PNG")
+    cases = {case["name"]: case["summary"] for case in results["questions"]["first_token"]}
+    for way in ("warm", "S3", "S3 +20 ms"):
+        summary = cases[f"{way}, lazymem .lzm, background"]
+        ready, first, last = (
+            summary[name]["median"] for name in ("open_seconds", "first_token_seconds", "seconds")
+        )
+        assert 0 < ready < first < last
+    assert cases["S3 +20 ms, lazymem .lzm, background"]["requests"]["median"] > 0
+    assert cases["warm, lazymem .lzm, background"]["first_of_best"]["median"] > 0
+
+
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_question_has_a_plot(folder: Path, question: str) -> None:
     assert (folder / f"{question}.png").read_bytes().startswith(b"\x89PNG")

@@ -410,6 +410,24 @@ def test_readahead_stays_within_the_array(snapshot_path: Path) -> None:
         )
 
 
+def test_readahead_follows_threads_that_each_go_through_a_part_of_an_array(snapshot_path: Path) -> None:
+    with lazymem.open(snapshot_path, readahead=8) as snap:
+        info, size = snap.info("layer.2.weight"), snap.chunk_size
+        data = snap["layer.2.weight"].reshape(-1).view(np.uint8)
+        untouched = snap.chunk_states()
+        parts = [part * (info.nbytes // size // 2) for part in range(2)]
+        assert parts[1] > 4, "each part must be longer than what is touched of it"
+        for step in range(3):
+            for first in parts:
+                int(data[(first + step) * size])
+        snap.prefetch("layer.0.weight", wait=True)  # in the queue behind what was read ahead
+        states = snap.chunk_states()
+        for first in parts:
+            ahead = info.offset // size + first + 3
+            assert states[ahead] != untouched[ahead]
+        del data
+
+
 def test_readahead_is_not_taken_by_random_access(snapshot_path: Path) -> None:
     with lazymem.open(snapshot_path, readahead=8) as snap:
         array = snap["layer.2.weight"].reshape(-1)
