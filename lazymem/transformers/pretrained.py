@@ -170,7 +170,17 @@ def _class_of(snapshot: Snapshot, folder: str) -> Any:
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else transformers.AutoModel
+    if is_model:
+        return found
+    auto_map = config.get("auto_map")  # code of the model's own; whether it may run, transformers asks
+    for auto, reference in auto_map.items() if isinstance(auto_map, dict) else ():
+        if (
+            isinstance(reference, str)
+            and reference.rpartition(".")[2] == name
+            and auto.startswith("AutoModel")
+        ):
+            return getattr(transformers, auto, transformers.AutoModel)
+    return transformers.AutoModel
 
 
 def _problem_of(config: Any) -> str | None:

@@ -293,6 +293,30 @@ def test_operation_that_writes_to_a_deferred_tensor_is_refused(tmp_path: Path) -
     assert torch.equal(deferred.clone() * 2, torch.full((4, 4), 2.0))
 
 
+def test_code_that_comes_with_a_model_runs_only_if_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folder = save(llama(), tmp_path / "model", torch.float32)
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\nclass OwnForCausalLM(LlamaForCausalLM):\n    pass\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["OwnForCausalLM"]
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    lazymem.build(folder, tmp_path / "model.lzm")
+    models = [
+        lazymem.transformers.from_pretrained(tmp_path / "model.lzm", trust_remote_code=True) for _ in range(2)
+    ]
+    assert type(models[0]).__name__ == "OwnForCausalLM"
+    assert type(models[0]) is type(models[1])
+    assert torch.equal(outputs(models[0]), outputs(models[1]))
+    without = lazymem.transformers.from_pretrained(tmp_path / "model.lzm", trust_remote_code=False)
+    assert type(without).__name__ == "LlamaForCausalLM"
+
+
 def test_missing_shard_is_named(tmp_path: Path) -> None:
     folder = save(llama(), tmp_path / "model", torch.float32, sharded=True)
     shard = sorted(folder.glob("model-*.safetensors"))[1]
