@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import sys
 import textwrap
 import threading
@@ -152,6 +153,103 @@ def test_threads_may_install_at_once() -> None:
         thread.join()
     assert all(seen)
     assert _in_place() == ORIGINALS
+
+
+@pytest.mark.parametrize("first", ["install", "load"])
+def test_install_and_a_load_that_overlap_restore_all(first: str, tmp_path: Path) -> None:
+    """Either ends first. While installed, other files than the load's own go to lazymem."""
+    pytest.importorskip("transformers")
+    from transformers import modeling_utils as theirs
+
+    from lazymem.transformers.redirection import shown_as
+
+    names: Any = theirs
+    load = shown_as(str(tmp_path / "shown"), {"weight": torch.ones(1)})
+    path = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"bias": torch.ones(2)}, path)
+    if first == "install":
+        installed = install()
+        with load:
+            with names.safe_open(path, "pt") as file:
+                assert isinstance(file, lazymem.safetensors.safe_open)
+            installed.uninstall()
+            with names.safe_open(path, "pt") as file:
+                assert not isinstance(file, lazymem.safetensors.safe_open)
+            with names.safe_open(str(tmp_path / "shown"), "pt") as file:
+                assert file.keys() == ["weight"]
+    else:
+        with load:
+            installed = install()
+            with names.safe_open(path, "pt") as file:
+                assert isinstance(file, lazymem.safetensors.safe_open)
+            with names.safe_open(str(tmp_path / "shown"), "pt") as file:
+                assert file.keys() == ["weight"]
+        assert names.safe_open is safetensors.safe_open is not ORIGINALS[0]
+        installed.uninstall()
+    assert names.safe_open is ORIGINALS[0]
+
+
+def test_threads_may_install_and_load_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from transformers import modeling_utils as theirs
+
+    from lazymem.transformers.redirection import shown_as
+
+    names: Any = theirs
+    start = threading.Barrier(4)
+    found: list[bool] = []
+
+    def work(number: int) -> None:
+        start.wait()
+        for _ in range(10 if number < 2 else 200):
+            if number < 2:
+                with install():
+                    found.append(safetensors.safe_open is not ORIGINALS[0])
+            else:
+                path = str(tmp_path / f"shown {number}")
+                with shown_as(path, {}), names.safe_open(path, "pt") as file:
+                    found.append(file.keys() == [])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 420
+    assert all(found)
+    assert names.safe_open is ORIGINALS[0]
+    assert _in_place() == ORIGINALS
+
+
+UNPICKLE = """
+import pickle, sys
+with open(sys.argv[1], "rb") as file:
+    handle, functions = pickle.load(file)
+print(float(handle.get_tensor("weight").sum()), type(handle).__mro__[1].__module__)
+print(float(functions[0](sys.argv[2])["weight"].sum()), *[function.__name__ for function in functions])
+assert "lazymem" not in __import__("safetensors").safe_open.__module__
+"""
+
+
+def test_handles_and_functions_pickle_for_other_processes(path: Path, tmp_path: Path) -> None:
+    """A process where nothing is installed gets lazymem's, which take snapshots as they do here."""
+    snapshot = path.with_suffix(".lzm")
+    lazymem.build(path, snapshot)
+    with install(), safetensors.safe_open(snapshot, "pt") as handle:
+        functions = [*_in_place()[2:], safetensors.deserialize]
+        data = pickle.dumps((handle, functions))
+        again, same = pickle.loads(data)
+        assert same == functions
+        assert isinstance(again, safetensors.safe_open)
+        assert pickle.loads(pickle.dumps(safetensors.safe_open)) is safetensors.safe_open
+    # Taken away meanwhile, they are found as before.
+    assert pickle.loads(data)[1] == functions
+    (tmp_path / "pickled").write_bytes(data)
+    lines = check_child(UNPICKLE, tmp_path / "pickled", snapshot).splitlines()
+    assert lines == [
+        "12.0 lazymem.safetensors.handle",
+        "12.0 load_file load load_model load_file load deserialize",
+    ]
 
 
 def test_other_frameworks_go_to_the_package_while_installed(path: Path) -> None:
