@@ -53,7 +53,7 @@ def install() -> Installation:
     """Put lazymem in place of what reads in `safetensors`, `.torch`, `.numpy`, and in modules that took it.
 
     `s3://`, `.lzm` and whatever else `safe_open` takes work there then, and in the from_pretrained methods of
-    transformers (see `routing`). May be called more than once: each call is undone by
+    transformers and in accelerate (see `routing`). May be called more than once: each call is undone by
     itself. torch, if there is one, is imported. Raises `ImportError` without safetensors.
     """
     global _installed, _depth
