@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """`install`: code that imports safetensors gets lazymem's functions, until `uninstall`.
 
-What is put in place are stand-ins that nobody else holds, so that taking them away again can tell them
-from what a module imported from here on purpose. Names are replaced in the package and in every module
+What is put in place are the stand-ins of `stand_ins`. Names are replaced in the package and in every module
 that is imported; objects that hold a function elsewhere (a closure, a `functools.partial`) keep it.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import sys
 import threading
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from . import memory, opening, package
-from .handle import safe_open, safe_open_handle
+from ..exchange import exchange
+from . import opening, package, stand_ins
 from .routing import Routing
 
 _lock = threading.RLock()
@@ -57,8 +53,8 @@ def install() -> Installation:
     """Put lazymem in place of what reads in `safetensors`, `.torch`, `.numpy`, and in modules that took it.
 
     `s3://`, `.lzm` and whatever else `safe_open` takes work there then, and in the from_pretrained methods of
-    transformers (see `routing`). May be called more than once: each call is undone by itself. torch, if there
-    is one, is imported. Raises `ImportError` without safetensors.
+    transformers and in accelerate (see `routing`). May be called more than once: each call is undone by
+    itself. torch, if there is one, is imported. Raises `ImportError` without safetensors.
     """
     global _installed, _depth
     with _lock:
@@ -93,58 +89,27 @@ class _Replacement:
         root = package.installed()
         self._originals = {"safe_open": root.safe_open, "deserialize": root.deserialize}
         self._pairs: list[tuple[Any, Any]] = [
-            (root.safe_open, _stand_in_class(safe_open)),
-            (root.deserialize, _stand_in(memory.deserialize)),
+            (root.safe_open, stand_ins.safe_open),
+            (root.deserialize, stand_ins.deserialize),
         ]
         if hasattr(root, "_safe_open_handle"):
-            self._pairs.append((root._safe_open_handle, _stand_in_class(safe_open_handle)))
-        from . import numpy as ours_numpy
-
-        self._add(package.installed("numpy"), ours_numpy, ("load_file", "load"))
+            self._pairs.append((root._safe_open_handle, stand_ins.safe_open_handle))
+        self._add("numpy", ("load_file", "load"))
         if importlib.util.find_spec("torch") is not None:
-            from . import torch as ours_torch
+            self._add("torch", ("load_file", "load", "load_model"))
 
-            self._add(package.installed("torch"), ours_torch, ("load_file", "load", "load_model"))
-
-    def _add(self, theirs: Any, ours: Any, names: tuple[str, ...]) -> None:
-        self._pairs += [(getattr(theirs, name), _stand_in(getattr(ours, name))) for name in names]
+    def _add(self, module: str, names: tuple[str, ...]) -> None:
+        theirs = package.installed(module)
+        self._pairs += [(getattr(theirs, name), getattr(stand_ins, f"{module}_{name}")) for name in names]
 
     def apply(self) -> None:
         package.originals.update(self._originals)
         opening.watchers.append(self.opened)
-        _exchange(self._pairs)
+        exchange(self._pairs)
         self._routing.apply()
 
     def undo(self) -> None:
         self._routing.undo()
-        _exchange([(ours, theirs) for theirs, ours in self._pairs])
+        exchange([(ours, theirs) for theirs, ours in self._pairs])
         opening.watchers.remove(self.opened)
         package.originals.clear()
-
-
-def _stand_in_class(base: type[safe_open]) -> type[safe_open]:
-    return type(base.__name__, (base,), {"__slots__": (), "__doc__": base.__doc__})
-
-
-def _stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def call(*arguments: Any, **options: Any) -> Any:
-        return function(*arguments, **options)
-
-    return call
-
-
-def _exchange(pairs: list[tuple[Any, Any]]) -> None:
-    """Replace, in all modules but lazymem's, each name that means the first of a pair by the second.
-
-    The package's own names come first, so that a module that is imported meanwhile gets the new ones.
-    """
-    by_identity = {id(old): new for old, new in pairs}  # the pairs keep the old ones alive
-    modules = sorted(dict(sys.modules).items(), key=lambda item: not item[0].startswith("safetensors"))
-    for name, module in modules:
-        names = getattr(module, "__dict__", None)
-        if not isinstance(names, dict) or name == "lazymem" or name.startswith("lazymem."):
-            continue
-        for key, value in list(names.items()):
-            if id(value) in by_identity:
-                names[key] = by_identity[id(value)]

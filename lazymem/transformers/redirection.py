@@ -3,19 +3,21 @@
 
 transformers opens the files that it resolved by `safe_open`, a global of its `modeling_utils`. While a model
 is loaded that global also knows paths of our own, behind which lie deferred tensors; every other path goes
-to what was there before, so that other threads may load other models.
+to what was there before, so that other threads may load other models. `lazymem.exchange` replaces that, too,
+when somebody has it replace safetensors' own meanwhile: here, and in what is put back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import torch
 from transformers import modeling_utils
+
+from ..exchange import lock
 
 #: An empty safetensors file, for code that looks whether there is one.
 EMPTY_FILE: Final = b'\x20\0\0\0\0\0\0\0{"__metadata__":{"format":"pt"}}'
@@ -27,8 +29,8 @@ _DTYPES: Final = {
     torch.float8_e5m2: "F8_E5M2", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
 }  # fmt: skip
 
-_lock = threading.Lock()
 _shown: dict[str, Mapping[str, torch.Tensor]] = {}
+# Kept after the last load: somebody may have taken `_safe_open` for good.
 _before: Any = None
 
 
@@ -37,7 +39,7 @@ def shown_as(path: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Within the block, transformers finds `tensors` in the safetensors file `path`."""
     global _before
     names: Any = modeling_utils
-    with _lock:
+    with lock:
         if not _shown:
             _before = names.safe_open
             names.safe_open = _safe_open
@@ -45,7 +47,7 @@ def shown_as(path: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        with _lock:
+        with lock:
             del _shown[os.path.realpath(path)]
             if not _shown and names.safe_open is _safe_open:
                 names.safe_open = _before

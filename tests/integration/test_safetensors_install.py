@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import sys
 import textwrap
 import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import safetensors
@@ -23,6 +24,9 @@ import lazymem.safetensors
 from lazymem.safetensors import Installation, install, uninstall
 
 from ..children import check_child
+
+if TYPE_CHECKING:
+    from ..servers.s3 import Bucket
 
 
 def _in_place() -> tuple[Any, ...]:
@@ -154,6 +158,103 @@ def test_threads_may_install_at_once() -> None:
     assert _in_place() == ORIGINALS
 
 
+@pytest.mark.parametrize("first", ["install", "load"])
+def test_install_and_a_load_that_overlap_restore_all(first: str, tmp_path: Path) -> None:
+    """Either ends first. While installed, other files than the load's own go to lazymem."""
+    pytest.importorskip("transformers")
+    from transformers import modeling_utils as theirs
+
+    from lazymem.transformers.redirection import shown_as
+
+    names: Any = theirs
+    load = shown_as(str(tmp_path / "shown"), {"weight": torch.ones(1)})
+    path = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"bias": torch.ones(2)}, path)
+    if first == "install":
+        installed = install()
+        with load:
+            with names.safe_open(path, "pt") as file:
+                assert isinstance(file, lazymem.safetensors.safe_open)
+            installed.uninstall()
+            with names.safe_open(path, "pt") as file:
+                assert not isinstance(file, lazymem.safetensors.safe_open)
+            with names.safe_open(str(tmp_path / "shown"), "pt") as file:
+                assert file.keys() == ["weight"]
+    else:
+        with load:
+            installed = install()
+            with names.safe_open(path, "pt") as file:
+                assert isinstance(file, lazymem.safetensors.safe_open)
+            with names.safe_open(str(tmp_path / "shown"), "pt") as file:
+                assert file.keys() == ["weight"]
+        assert names.safe_open is safetensors.safe_open is not ORIGINALS[0]
+        installed.uninstall()
+    assert names.safe_open is ORIGINALS[0]
+
+
+def test_threads_may_install_and_load_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from transformers import modeling_utils as theirs
+
+    from lazymem.transformers.redirection import shown_as
+
+    names: Any = theirs
+    start = threading.Barrier(4)
+    found: list[bool] = []
+
+    def work(number: int) -> None:
+        start.wait()
+        for _ in range(10 if number < 2 else 200):
+            if number < 2:
+                with install():
+                    found.append(safetensors.safe_open is not ORIGINALS[0])
+            else:
+                path = str(tmp_path / f"shown {number}")
+                with shown_as(path, {}), names.safe_open(path, "pt") as file:
+                    found.append(file.keys() == [])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 420
+    assert all(found)
+    assert names.safe_open is ORIGINALS[0]
+    assert _in_place() == ORIGINALS
+
+
+UNPICKLE = """
+import pickle, sys
+with open(sys.argv[1], "rb") as file:
+    handle, functions = pickle.load(file)
+print(float(handle.get_tensor("weight").sum()), type(handle).__mro__[1].__module__)
+print(float(functions[0](sys.argv[2])["weight"].sum()), *[function.__name__ for function in functions])
+assert "lazymem" not in __import__("safetensors").safe_open.__module__
+"""
+
+
+def test_handles_and_functions_pickle_for_other_processes(path: Path, tmp_path: Path) -> None:
+    """A process where nothing is installed gets lazymem's, which take snapshots as they do here."""
+    snapshot = path.with_suffix(".lzm")
+    lazymem.build(path, snapshot)
+    with install(), safetensors.safe_open(snapshot, "pt") as handle:
+        functions = [*_in_place()[2:], safetensors.deserialize]
+        data = pickle.dumps((handle, functions))
+        again, same = pickle.loads(data)
+        assert same == functions
+        assert isinstance(again, safetensors.safe_open)
+        assert pickle.loads(pickle.dumps(safetensors.safe_open)) is safetensors.safe_open
+    # Taken away meanwhile, they are found as before.
+    assert pickle.loads(data)[1] == functions
+    (tmp_path / "pickled").write_bytes(data)
+    lines = check_child(UNPICKLE, tmp_path / "pickled", snapshot).splitlines()
+    assert lines == [
+        "12.0 lazymem.safetensors.handle",
+        "12.0 load_file load load_model load_file load deserialize",
+    ]
+
+
 def test_other_frameworks_go_to_the_package_while_installed(path: Path) -> None:
     pytest.importorskip("safetensors")
     with install(), safetensors.safe_open(path, "jax") as file:
@@ -255,3 +356,161 @@ def test_accelerate_loads_through_lazymem_to_the_same_bits(saved: tuple[Any, Pat
         ours = load()
     _same_files(installed, folder)
     assert torch.equal(_answer(ours), _answer(theirs))
+
+
+# ---- accelerate, of what only lazymem opens ----
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(6, 8)
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.last = torch.nn.Linear(8, 2)
+        self.tied = torch.nn.Linear(6, 8, bias=False)
+        self.tied.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(x) + self.tied(x)))
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Any:
+    torch.manual_seed(4)
+    net = Net().eval()
+    state = net.state_dict()
+    del state["tied.weight"]
+    safetensors.torch.save_file(state, tmp_path / "net.safetensors", metadata={"format": "pt"})
+    lazymem.build(tmp_path / "net.safetensors", tmp_path / "net.lzm")
+    return net
+
+
+def _empty(kind: str) -> Any:
+    accelerate = pytest.importorskip("accelerate")
+    if kind == "real":
+        return Net().eval()
+    with accelerate.init_empty_weights():
+        net = Net().eval()
+    net.tied.weight = net.first.weight
+    return net
+
+
+INPUT = torch.arange(18, dtype=torch.float32).reshape(3, 6)
+MAPS = {
+    "none": None,
+    "cpu": {"": "cpu"},
+    "modules": {"first": "cpu", "norm": "cpu", "last": "cpu", "tied": "cpu"},
+    "disk": {"first": "cpu", "norm": "cpu", "last": "disk", "tied": "cpu"},
+}
+
+
+@pytest.mark.parametrize("kind", ["real", "meta"])
+@pytest.mark.parametrize("devices", MAPS)
+def test_accelerate_takes_snapshots_and_urls(
+    net: Any, tmp_path: Path, devices: str, kind: str, s3: Bucket
+) -> None:
+    """The same answers as the module whose weights they are; and all its arguments by accelerate itself."""
+    accelerate = pytest.importorskip("accelerate")
+    for name in ("net.lzm", "net.safetensors"):
+        s3.put(name, (tmp_path / name).read_bytes())
+    sources = [tmp_path / "net.lzm", str(tmp_path / "net.lzm"), s3.url("net.lzm"), s3.url("net.safetensors")]
+    expected = net(INPUT)
+    with install():
+        for number, source in enumerate(sources):
+            if "disk" not in devices:
+                model = _empty(kind)
+                accelerate.load_checkpoint_in_model(model, source, device_map=MAPS[devices])
+                assert torch.equal(model(INPUT), expected)
+                assert model.tied.weight is model.first.weight
+            model = accelerate.load_checkpoint_and_dispatch(
+                _empty(kind), source, device_map=MAPS[devices], offload_folder=tmp_path / f"off {number}"
+            )
+            assert torch.equal(model(INPUT), expected)
+    with pytest.raises(ValueError, match="checkpoint"):
+        accelerate.load_checkpoint_in_model(_empty(kind), sources[2])
+
+
+def test_accelerate_reads_nothing_of_a_snapshot_before_it_is_touched(tmp_path: Path) -> None:
+    """By the counters, with a device map and without one."""
+    pytest.importorskip("accelerate")
+    lazymem.build({"weight": torch.ones(512, 1024).numpy(), "bias": torch.ones(512).numpy()},
+                  tmp_path / "model.lzm", chunk_size=64 << 10)  # fmt: skip
+    code = """
+import sys, torch, accelerate, lazymem, lazymem.safetensors
+from lazymem import snapshot as snapshots
+lazymem.safetensors.install()
+found, first = [], snapshots.Snapshot.__init__
+def init(self, *args, **kwargs):
+    first(self, *args, **kwargs)
+    found.append(self)
+snapshots.Snapshot.__init__ = init
+for device_map in (None, {"": "cpu"}):
+    with accelerate.init_empty_weights():
+        model = torch.nn.Linear(1024, 512)
+    accelerate.load_checkpoint_in_model(model, sys.argv[1], device_map=device_map)
+    snap = found.pop()
+    assert not found
+    before = snap.stats().chunks_populated
+    total = model.weight.sum().item()
+    print(before, snap.stats().chunks_populated >= 32, total)
+"""
+    assert check_child(code, tmp_path / "model.lzm") == "0 True 524288.0\n" * 2
+
+
+def test_accelerates_arguments_hold_for_snapshots(net: Any, tmp_path: Path, caplog: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    source = tmp_path / "more.lzm"
+    tensors = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    lazymem.build({**tensors, "extra": tensors["last.bias"]}, source)
+    with install():
+        for device_map in (None, {"": "cpu"}):
+            with pytest.raises((RuntimeError, ValueError), match="extra"):
+                accelerate.load_checkpoint_in_model(
+                    _empty("real"), source, device_map=device_map, strict=True
+                )
+            model = _empty("real")
+            accelerate.load_checkpoint_in_model(model, source, device_map=device_map)
+            assert torch.equal(model(INPUT), net(INPUT))
+        accelerate.load_checkpoint_in_model(model, source, device_map={"": "cpu"}, dtype="bfloat16")
+        assert model.last.weight.dtype == torch.bfloat16
+        accelerate.load_checkpoint_in_model(model, source, {"": "cpu"}, None, torch.float32)
+        assert torch.equal(model(INPUT), net(INPUT))
+        with pytest.raises(lazymem.SnapshotNotFound):
+            accelerate.load_checkpoint_in_model(model, tmp_path / "nowhere.lzm")
+        found = accelerate.utils.modeling.load_state_dict(source, {"": "cpu", "last": "meta"})
+        assert found["last.weight"].is_meta
+        assert torch.equal(found["first.weight"], net.first.weight)
+        assert found.keys() == {*tensors, "extra"}
+        found = accelerate.utils.modeling.load_state_dict(source, {"": "disk"})
+        assert found["first.weight"].device.type == "cpu"
+    assert "extra" in caplog.text
+
+
+def test_accelerates_functions_are_restored_and_pickle() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    modeling = accelerate.utils.modeling
+    before = accelerate.load_checkpoint_in_model, modeling.load_state_dict
+    with install():
+        assert accelerate.load_checkpoint_in_model is accelerate.big_modeling.load_checkpoint_in_model
+        assert accelerate.load_checkpoint_in_model is not before[0]
+        changed = pickle.loads(pickle.dumps(accelerate.load_checkpoint_in_model))
+        assert changed is accelerate.load_checkpoint_in_model
+    assert (accelerate.load_checkpoint_in_model, modeling.load_state_dict) == before
+    assert accelerate.big_modeling.load_checkpoint_in_model is before[0]
+
+
+def test_accelerate_imported_after_install_is_seen_to(net: Any, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    code = """
+import sys, torch, lazymem.safetensors
+installed = lazymem.safetensors.install()
+assert "accelerate" not in sys.modules
+from accelerate import load_checkpoint_in_model
+model = torch.nn.ModuleDict({"last": torch.nn.Linear(8, 2)})
+load_checkpoint_in_model(model, sys.argv[1])
+print(model["last"].bias.tolist())
+installed.uninstall()
+print(load_checkpoint_in_model.__module__)
+"""
+    out = check_child(code, tmp_path / "net.lzm")
+    assert out.splitlines() == [str(net.last.bias.tolist()), "accelerate.utils.modeling"]
