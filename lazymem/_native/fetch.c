@@ -18,7 +18,7 @@
 /* What is fetched ahead of need leaves the rest of the memory and of the ranges to demand. */
 #define LM_AHEAD_BYTES (LM_ARENA_BYTES / 4 * 3)
 #define LM_AHEAD_RANGES (LM_RANGES / 2)
-#define LM_AHEAD_SHARE 16 /* ranges that what is left of a span is cut into, where they are not too small */
+#define LM_AHEAD_SHARE 16 /* ranges that what is left of all spans is cut into, where they are not too small */
 #define LM_AHEAD_LEAST ((uint64_t)1 << 20)
 
 #define LM_SILENCE_NS  (UINT64_C(5) * 1000000000) /* after this long without a word it is asked for one */
@@ -322,14 +322,23 @@ static unsigned look_ahead_locked(struct lm_span *span, uint64_t most, struct lm
     return count;
 }
 
-static uint64_t share_of(const struct lm_span *span)
+/* Bytes of the next range of `span`: fewer towards the end of all that is wanted, so that all connections
+ * are busy until then. Not of the span, which may be one small part of a model. */
+static uint64_t share_locked(const struct lm_span *span)
 {
-    uint64_t left = (span->end - span->next) << span->region->table.chunk_shift;
-    uint64_t share = left / LM_AHEAD_SHARE;
+    const struct lm_queue *queue = &engine->remote;
+    uint64_t most = span->region->coalesce_size, left = 0;
+    unsigned i;
 
-    if (share < LM_AHEAD_LEAST)
-        share = LM_AHEAD_LEAST;
-    return share < span->region->coalesce_size ? share : span->region->coalesce_size;
+    for (i = 0; i < queue->span_count && left / LM_AHEAD_SHARE < most; i++) {
+        const struct lm_span *other = &queue->spans[(queue->span_head + i) % LM_QUEUE_SPANS];
+
+        left += (other->end - other->next) << other->region->table.chunk_shift;
+    }
+    left /= LM_AHEAD_SHARE;
+    if (left < LM_AHEAD_LEAST)
+        left = LM_AHEAD_LEAST;
+    return left < most ? left : most;
 }
 
 static void gather_ahead_locked(void)
@@ -337,13 +346,15 @@ static void gather_ahead_locked(void)
     struct lm_task tasks[LM_RANGE_CHUNKS];
     struct lm_span *span;
     unsigned count, taken, i;
+    uint64_t most;
 
     while ((span = lm_queue_first_span(&engine->remote)) != NULL) {
         struct lm_table *table = &span->region->table;
 
         if (fetch.in_use >= LM_AHEAD_RANGES || lm_arena_used(&fetch.arena) >= LM_AHEAD_BYTES)
             return;
-        count = look_ahead_locked(span, share_of(span), tasks);
+        most = share_locked(span);
+        count = look_ahead_locked(span, most, tasks);
         if (count > 0 && !task_is_sound(&tasks[0])) {
             if (!refuse_task_locked(&tasks[0]))
                 return;
@@ -353,7 +364,7 @@ static void gather_ahead_locked(void)
             count = 0;
         }
         if (count > 0) {
-            taken = ask_for_locked(tasks, count, false, share_of(span));
+            taken = ask_for_locked(tasks, count, false, most);
             if (taken == 0)
                 return;
             for (i = 0; i < taken; i++) /* claims are made under this lock only, so none can fail */

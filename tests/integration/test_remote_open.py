@@ -132,6 +132,16 @@ def test_small_and_empty_objects(s3: Bucket) -> None:
         assert len(snap["data"]) == 0
 
 
+def test_prefetching_many_arrays_asks_for_as_much_at_a_time_as_one_big_one(s3: Bucket, tmp_path: Path) -> None:
+    mib = 1 << 20
+    arrays = {f"w{i}": np.random.default_rng(i).integers(0, 256, 4 * mib, np.uint8) for i in range(24)}
+    lazymem.build(arrays, tmp_path / "w.lzm", codec="none", chunk_size=mib)
+    with lazymem.open(put_file(s3, "w.lzm", tmp_path / "w.lzm")) as snap:
+        snap.prefetch(list(arrays)[::-1], wait=True)  # no two of them in one span
+        assert snap.stats().requests <= 64  # towards the end they become smaller
+        assert np.array_equal(snap["w7"], arrays["w7"])
+
+
 @pytest.mark.parametrize(("what", "requests"), [("open", 1), ("touch", 2)])
 def test_opening_and_touching_cost_few_requests(
     s3: Bucket, proxy: HostileProxy, huge_path: Path, arrays: Arrays, what: str, requests: int
