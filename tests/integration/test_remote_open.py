@@ -132,7 +132,7 @@ def test_small_and_empty_objects(s3: Bucket) -> None:
         assert len(snap["data"]) == 0
 
 
-def test_prefetching_many_arrays_asks_for_as_much_at_a_time_as_one_big_one(s3: Bucket, tmp_path: Path) -> None:
+def test_prefetching_many_arrays_asks_for_as_much_at_a_time_as_one(s3: Bucket, tmp_path: Path) -> None:
     mib = 1 << 20
     arrays = {f"w{i}": np.random.default_rng(i).integers(0, 256, 4 * mib, np.uint8) for i in range(24)}
     lazymem.build(arrays, tmp_path / "w.lzm", codec="none", chunk_size=mib)
