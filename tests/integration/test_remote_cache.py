@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import select
@@ -169,8 +170,9 @@ def test_processes_share_it(
     assert out.split() == [a, a, b, b]
     ranges = [request.range for request in sent(proxy)]
     fetched = [one for one in ranges if one and not one.startswith("bytes=-")]
-    assert len(fetched) > 2
-    assert len(set(fetched)) == len(fetched)  # nothing twice
+    assert len(fetched) >= 2  # one for each array at least; how many depends on what is queued
+    spans = sorted(tuple(map(int, one.removeprefix("bytes=").split("-"))) for one in fetched)
+    assert all(first[1] < second[0] for first, second in itertools.pairwise(spans)), spans  # no byte twice
     assert len(ranges) - len(fetched) == 2  # both have asked for the identity
 
 
