@@ -112,6 +112,18 @@ static void free_range_locked(struct lm_range *range)
     lm_fetch_wake_locked(); /* there is room again */
 }
 
+/* Nobody waits for it any longer. What has been asked for is freed when its answer has ended. */
+static void abandon_locked(struct lm_range *range)
+{
+    if (range->state == LM_RANGE_ASKED) {
+        range->state = LM_RANGE_CANCELLED;
+        range->cancel = true;
+        lm_fetch_wake_locked();
+    } else if (range->state != LM_RANGE_CANCELLED) {
+        free_range_locked(range);
+    }
+}
+
 static bool place_locked(struct lm_range *range)
 {
     if (!range->placed)
@@ -436,12 +448,7 @@ void lm_fetch_forget_locked(struct lm_region *region)
             lm_table_publish(&region->table, range->tasks[j].chunk, LM_STATE_ABSENT);
         region->tasks -= range->task_count;
         range->region = NULL;
-        if (range->state == LM_RANGE_WAITING) {
-            free_range_locked(range);
-        } else {
-            range->state = LM_RANGE_CANCELLED;
-            range->cancel = true;
-        }
+        abandon_locked(range);
     }
     lm_fetch_wake_locked();
 }
@@ -1082,13 +1089,8 @@ void lm_fetch_drop(uint64_t id)
 
     pthread_mutex_lock(&engine->lock);
     range = find_range_locked(id);
-    if (range != NULL && range->state == LM_RANGE_ASKED) {
-        range->state = LM_RANGE_CANCELLED;
-        range->cancel = true;
-        lm_fetch_wake_locked();
-    } else if (range != NULL && range->state != LM_RANGE_CANCELLED) {
-        free_range_locked(range);
-    }
+    if (range != NULL)
+        abandon_locked(range);
     pthread_mutex_unlock(&engine->lock);
 }
 
@@ -1133,13 +1135,7 @@ int lm_fetch_read(const struct lm_task *task, const lm_chunk_record *record, boo
         pthread_cond_wait(&engine->progress, &engine->lock);
     if (range->state != LM_RANGE_READY) { /* whatever comes of it is nobody's */
         range->stock_region = NULL;
-        if (range->state == LM_RANGE_WAITING) {
-            free_range_locked(range);
-        } else {
-            range->state = LM_RANGE_CANCELLED;
-            range->cancel = true;
-            lm_fetch_wake_locked();
-        }
+        abandon_locked(range);
         pthread_mutex_unlock(&engine->lock);
         return LM_E_CLOSED;
     }
