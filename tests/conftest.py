@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 import lazymem
+from lazymem._native import engine_counts
 
 from .servers import install
 
@@ -38,6 +40,13 @@ def make_arrays(seed: int = 0) -> dict[str, NDArray[np.generic]]:
     for i in range(50):
         arrays[f"small.{i}"] = rng.integers(0, 255, 100 + i, dtype=np.uint8)
     return arrays
+
+
+@pytest.fixture
+def counts_before() -> tuple[int, int]:
+    """Regions and engine threads as the test begins, without what other tests' tracebacks still held."""
+    gc.collect()
+    return engine_counts()
 
 
 @pytest.fixture(scope="session")

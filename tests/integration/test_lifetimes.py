@@ -38,8 +38,10 @@ def test_context_manager_shows_the_blocks_own_error(snapshot_path: Path) -> None
         raise ZeroDivisionError(array.shape)
 
 
-def test_arrays_outlive_the_snapshot(snapshot_path: Path, arrays: Arrays) -> None:
-    before = engine_counts()[0]
+def test_arrays_outlive_the_snapshot(
+    snapshot_path: Path, arrays: Arrays, counts_before: tuple[int, int]
+) -> None:
+    before = counts_before[0]
     array = lazymem.open(snapshot_path)["layer.7.weight"]
     column = array[:, 3]
     del array
@@ -49,9 +51,11 @@ def test_arrays_outlive_the_snapshot(snapshot_path: Path, arrays: Arrays) -> Non
     assert engine_counts()[0] == before
 
 
-def test_any_order_of_dropping_is_right(snapshot_path: Path, arrays: Arrays) -> None:
+def test_any_order_of_dropping_is_right(
+    snapshot_path: Path, arrays: Arrays, counts_before: tuple[int, int]
+) -> None:
     rng = np.random.default_rng(5)
-    before = engine_counts()[0]
+    before = counts_before[0]
     for _ in range(30):
         snaps = [lazymem.open(snapshot_path) for _ in range(3)]
         held: list[object] = [*snaps, *(snap["ids"] for snap in snaps), *(snap.buffer for snap in snaps)]
