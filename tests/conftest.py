@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 import lazymem
 from lazymem._native import engine_counts
 
+from .arrays import CHUNK, make_arrays
 from .servers import install
 
 if TYPE_CHECKING:
@@ -22,24 +23,6 @@ if TYPE_CHECKING:
     from .servers.proxy import HostileProxy
     from .servers.radosgw import RadosGateway
     from .servers.s3 import Bucket
-
-CHUNK = 64 * 1024
-
-
-def make_arrays(seed: int = 0) -> dict[str, NDArray[np.generic]]:
-    """Weights-like arrays of all kinds of sizes; 24 MiB in all."""
-    rng = np.random.default_rng(seed)
-    arrays: dict[str, NDArray[np.generic]] = {
-        f"layer.{i}.weight": (rng.standard_normal((1024, 512)) * 0.02).astype(np.float32) for i in range(10)
-    }
-    arrays["ids"] = np.arange(300_000, dtype=np.int64)
-    arrays["zeros"] = np.zeros(600_000, np.uint8)
-    arrays["fortran"] = np.asfortranarray(rng.standard_normal((100, 70)))
-    arrays["empty"] = np.zeros((0, 5), np.float32)
-    arrays["scalar"] = np.array(2.5)
-    for i in range(50):
-        arrays[f"small.{i}"] = rng.integers(0, 255, 100 + i, dtype=np.uint8)
-    return arrays
 
 
 @pytest.fixture

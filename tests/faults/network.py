@@ -24,7 +24,7 @@ import numpy as np
 import lazymem
 from lazymem.errors import *
 from lazymem.fetcher.client import fetcher_pid, fetcher_status
-from tests.conftest import make_arrays
+from tests.arrays import make_arrays
 
 url, options = sys.argv[1], json.loads(sys.argv[2])
 expected = make_arrays()

@@ -24,7 +24,7 @@ import ctypes, json, os, sys, threading, time
 import numpy as np
 import lazymem
 from lazymem.composition import Part, Recipe
-from tests.conftest import make_arrays
+from tests.arrays import make_arrays
 
 expected = {
     name: array.astype(np.float64) if array.dtype == np.float32 else array

@@ -22,7 +22,7 @@ import os, signal, sys, threading, time
 import numpy as np
 import lazymem
 from lazymem.fetcher.client import fetcher_pid, fetcher_status
-from tests.conftest import make_arrays
+from tests.arrays import make_arrays
 
 expected = make_arrays()
 

@@ -13,7 +13,7 @@ COMMON = """
 import os, sys, threading, time
 import numpy as np
 import lazymem
-from tests.conftest import make_arrays
+from tests.arrays import make_arrays
 
 expected = make_arrays()
 

@@ -13,7 +13,7 @@ SCAN = """
 import gc, sys, threading
 import numpy as np
 import lazymem
-from tests.conftest import make_arrays
+from tests.arrays import make_arrays
 
 path, install = sys.argv[1:]
 expected = make_arrays()

@@ -292,7 +292,7 @@ snap.close()
 @pytest.fixture(scope="module")
 def other_snapshot(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The same names, shapes and chunks; other bytes."""
-    from ..conftest import CHUNK, make_arrays
+    from ..arrays import CHUNK, make_arrays
 
     path = tmp_path_factory.mktemp("other") / KEY
     lazymem.build(make_arrays(seed=1), path, codec="zstd", chunk_size=CHUNK)
@@ -480,7 +480,7 @@ def test_failures_leave_no_descriptors_or_threads(condition: str, proxy: Hostile
 
 def test_arrays_read_from_the_network_equal_those_of_the_file(url: str, snapshot_path: Path) -> None:
     """That the tests above compare with the right thing."""
-    from ..conftest import make_arrays
+    from ..arrays import make_arrays
 
     with lazymem.open(snapshot_path) as snap:
         expected = make_arrays()

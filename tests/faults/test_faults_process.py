@@ -19,7 +19,7 @@ COMMON = """
 import ctypes, os, resource, signal, sys, threading
 import numpy as np
 import lazymem
-from tests.conftest import make_arrays
+from tests.arrays import make_arrays
 
 expected = make_arrays()
 

@@ -126,7 +126,7 @@ def test_close_while_other_threads_fault(snapshot_path: Path) -> None:
     import numpy as np
     import lazymem
     from lazymem.errors import SnapshotClosed
-    from tests.conftest import make_arrays
+    from tests.arrays import make_arrays
     expected = make_arrays()
     for round in range(30):
         snap = lazymem.open(sys.argv[1])

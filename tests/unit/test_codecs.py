@@ -31,7 +31,7 @@ for name in ("lz4", "lz4.block"):  # what compresses is not needed here
 import lazymem
 from lazymem._native import CODEC_SOURCES
 print(sorted(CODEC_SOURCES.values()))
-from tests.conftest import make_arrays
+from tests.arrays import make_arrays
 with lazymem.open(sys.argv[1]) as snap:
     print(all(snap[name].tobytes() == array.tobytes() for name, array in make_arrays().items()))
 """
