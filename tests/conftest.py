@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from .servers.proxy import HostileProxy
     from .servers.radosgw import RadosGateway
     from .servers.s3 import Bucket
+
+# Where no byte code may be kept, each of thousands of child processes would compile lazymem anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture
