@@ -39,6 +39,10 @@ FLAGS = ("-std=gnu11", "-O2", "-fvisibility=hidden", "-pthread", "-Wall", "-Wext
 WRAPPER_FLAGS = ("-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Wno-shadow")
 
 
+# cffi's wrapper keeps to what Python 3.10 promised to later ones (pyproject.toml, bdist_wheel).
+LIMITED_API = ("Py_LIMITED_API", "0x030A0000")
+
+
 def declarations() -> str:
     """The part of lazymem.h that cffi reads."""
     text = (HERE / "lazymem.h").read_text(encoding="utf-8")
@@ -57,11 +61,15 @@ class BuildExt(build_ext):
     """build_ext that first writes cffi's wrapper, and compiles it beside the core's C files."""
 
     def build_extension(self, ext: Any) -> None:
+        # Of older builds: Python would go on loading a file named for its version before one for all.
+        for leftover in HERE.glob("_core.cpython-*.so"):
+            leftover.unlink()
         wrapper = HERE / "_core.c"
         emit(wrapper)
         ext.sources = [os.path.relpath(HERE / name) for name in (*SOURCES, wrapper.name)]
         ext.depends = [os.path.relpath(path) for path in HERE.glob("*.h")]
         ext.include_dirs = [os.path.relpath(HERE)]
+        ext.define_macros = [LIMITED_API]
         ext.extra_compile_args = [*FLAGS, *WRAPPER_FLAGS]
         if os.environ.get("LAZYMEM_WERROR") == "1":
             ext.extra_compile_args.append("-Werror")
