@@ -23,11 +23,9 @@
 /* Chunks looked at for one prefetch task before the lock is let go. */
 #define LM_PREFETCH_SCAN 4096
 
-struct lm_engine lm_engine = {
-    .poller = -1,
-    .bell = -1,
-    .uffds = { { .fd = -1 }, { .fd = -1 } },
-};
+/* All zeros until `prepare` runs: with one value that is not, its queues were megabytes of the library's
+ * file, and of pages that every fork copies. */
+struct lm_engine lm_engine;
 
 static struct lm_engine *const engine = &lm_engine;
 
@@ -887,6 +885,12 @@ static void after_fork_in_child(void)
  * are not installed yet. */
 __attribute__((constructor)) static void prepare(void)
 {
+    int i;
+
+    engine->poller = engine->bell = -1;
+    for (i = 0; i < LM_UFFD_COUNT; i++)
+        engine->uffds[i].fd = -1;
+    lm_fetch_prepare();
     init_sync();
     (void)pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 }

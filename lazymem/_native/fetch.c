@@ -48,6 +48,7 @@ static struct {
 static struct {
     struct lm_range ranges[LM_RANGES];
     unsigned in_use; /* of them: not free */
+    unsigned high;   /* one above the highest that was ever taken: the pages of the others are untouched */
     struct lm_arena arena;
     unsigned char *memory; /* NULL: not mapped yet */
     uint64_t next_id;
@@ -61,7 +62,7 @@ static struct {
     bool poked;       /* the courier has something to look at */
     pthread_t courier, listener;
     pthread_cond_t work, ears; /* the courier waits on one, the listener on the other */
-} fetch = { .next_id = 1, .socket = -1 };
+} fetch; /* zeros until lm_fetch_prepare: else megabytes of the library's file */
 
 static struct lm_engine *const engine = &lm_engine;
 
@@ -85,6 +86,8 @@ static struct lm_range *take_range_locked(uint32_t kind, uint32_t source, uint32
 
         if (range->state != LM_RANGE_FREE)
             continue;
+        if (i >= fetch.high)
+            fetch.high = i + 1;
         /* Not the texts and tasks: large, and written before they are read. */
         memset(range, 0, offsetof(struct lm_range, tasks));
         range->code = 0;
@@ -932,6 +935,12 @@ int lm_fetch_start_locked(void)
     return error;
 }
 
+void lm_fetch_prepare(void)
+{
+    fetch.next_id = 1;
+    fetch.socket = -1;
+}
+
 int lm_fetch_after_fork(bool wanted)
 {
     unsigned i;
@@ -941,7 +950,7 @@ int lm_fetch_after_fork(bool wanted)
     fetch.pid = 0;
     fetch.in_use = 0;
     fetch.next_id += UINT64_C(1) << 32; /* a call that was under way in the parent means nothing here */
-    for (i = 0; i < LM_RANGES; i++)
+    for (i = 0; i < fetch.high; i++) /* each touched here is a page that the fork has to copy */
         fetch.ranges[i].state = LM_RANGE_FREE;
     lm_arena_clear(&fetch.arena);
     lm_source_untell_all();

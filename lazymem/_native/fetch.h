@@ -64,6 +64,8 @@ void lm_fetch_release_locked(struct lm_range *range);
 int lm_fetch_read(const struct lm_task *task, const lm_chunk_record *record, bool refetch, void *out, char *text);
 /* Give up whatever is on its way for a region that closes. lock is held. */
 void lm_fetch_forget_locked(struct lm_region *region);
+/* Once, before anything else. */
+void lm_fetch_prepare(void);
 /* In the child of a fork: there is neither courier nor fetcher. wanted: start a courier. */
 int lm_fetch_after_fork(bool wanted);
 
