@@ -31,6 +31,7 @@ CODECS: Final = ("none", "lz4", "zstd")
 BACKENDS: Final = ("auto", "uffd", "uffd-user", "map", "eager")
 MODES: Final = ("r", "c")
 INSTALLS: Final = ("auto", "copy", "move")
+FORKS: Final = ("inherit", "drop")
 
 
 def process_environment() -> dict[str, str]:
@@ -94,6 +95,11 @@ class OpenOptions:
     chunk_size: bytes fetched at once where a container is read in place and not mapped.
     readahead: chunks to populate ahead of a sequential scan, within the array it reads; 0: none;
         None: 8, or 32 MiB over a network.
+    fork: what child processes get of the memory. "inherit": all of it, as lazy as here, where the child was
+        made by fork (os.fork, multiprocessing, subprocess). "drop": none, however the child was made; its
+        fork copies no page tables and starts no threads, touching an array there is SIGSEGV, and whatever
+        else uses the snapshot there raises `SnapshotClosed`. For who has children that skip fork's
+        handlers (a bare clone system call): with "inherit" they would read zeros.
     """
 
     mode: str = "r"
@@ -102,9 +108,11 @@ class OpenOptions:
     threads: int | None = None
     chunk_size: int = DEFAULT_CHUNK_SIZE
     readahead: int | None = None
+    fork: str = "inherit"
 
     def __post_init__(self) -> None:
         _choice("mode", self.mode, MODES)
+        _choice("fork", self.fork, FORKS)
         _choice("backend", self.backend, BACKENDS)
         _choice("install", self.install, INSTALLS)
         check_chunk_size(self.chunk_size)
@@ -125,6 +133,7 @@ class OpenOptions:
         threads: int | None = None,
         chunk_size: int | None = None,
         readahead: int | None = None,
+        fork: str = "inherit",
         environ: Mapping[str, str] | None = None,
     ) -> OpenOptions:
         """What the caller gave, else LAZYMEM_BACKEND, LAZYMEM_INSTALL, LAZYMEM_THREADS."""
@@ -143,6 +152,7 @@ class OpenOptions:
             threads=threads,
             chunk_size=chunk_size if chunk_size is not None else DEFAULT_CHUNK_SIZE,
             readahead=readahead,
+            fork=fork,
         )
 
 

@@ -141,8 +141,9 @@ class Region:
     """A range of memory that shows a layout. Made by `Region.open`."""
 
     def __init__(
-        self, native: NativeRegion, url: str, catalog: Catalog, nbytes: int, blobs: Sequence[Blob], mode: str
-    ) -> None:
+        self, native: NativeRegion, url: str, catalog: Catalog, nbytes: int, blobs: Sequence[Blob], mode: str,
+        fork: str,
+    ) -> None:  # fmt: skip
         self.url = url
         self.nbytes = nbytes
         self.mode = mode
@@ -154,6 +155,7 @@ class Region:
         self._native = native
         self._blobs = blobs
         self._state = _State.OPEN
+        self._home = os.getpid() if fork == "drop" else None  # the one process that has the memory
         self._root = np.asarray(_Lease(native, nbytes, readonly=mode == "r"))
         self._idle_references = sys.getrefcount(self._root)
 
@@ -176,7 +178,7 @@ class Region:
             native = cls._open_map(url, layout, options)
         else:
             native = cls._open_faulting(url, layout, catalog.tables(), blobs, fds, options)
-        region = cls(native, url, catalog, layout.content_size, blobs, options.mode)
+        region = cls(native, url, catalog, layout.content_size, blobs, options.mode, options.fork)
         try:
             region.check_unchanged()  # from here on the core looks, too
         except BaseException:
@@ -201,7 +203,12 @@ class Region:
                 "bytes of local files; use backend 'auto'"
             )
         try:
-            return NativeRegion.open_map(max(layout.content_size, 1), pieces, writable=options.mode == "c")
+            return NativeRegion.open_map(
+                max(layout.content_size, 1),
+                pieces,
+                writable=options.mode == "c",
+                dropped=options.fork == "drop",
+            )
         except NativeError as error:
             raise _cannot_open(url, layout, error) from error
 
@@ -226,6 +233,7 @@ class Region:
                 backend=backend,
                 install="auto" if backend == "eager" else options.install,
                 writable=options.mode == "c",
+                dropped=options.fork == "drop",
                 threads=options.threads or 0,
                 readahead=_readahead(options, layout, is_remote=bool(remote)),
                 sources=[blob.source for blob in remote],
@@ -260,12 +268,22 @@ class Region:
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """The core's codes as exceptions that name file, chunk and array."""
+        self._check_home()
         try:
             yield
         except NativeError as error:
             raise self._translate(error) from error
 
+    def _check_home(self) -> None:
+        """A child that has not the memory, and perhaps ran no handlers of fork, must not ask the core."""
+        if self._home is not None and os.getpid() != self._home:
+            raise SnapshotClosed(
+                f"{self.url}: was opened with fork='drop' by another process, so its memory is not in this "
+                "one; open it again here"
+            )
+
     def _check_open(self) -> None:
+        self._check_home()
         if self._state is not _State.OPEN:
             raise SnapshotClosed(f"{self.url}: is closed; open it again")
 
@@ -299,6 +317,9 @@ class Region:
         while an array, or a view of one, is alive.
         """
         if self._state is _State.CLOSED:
+            return
+        if self._home is not None and os.getpid() != self._home:
+            self._state = _State.CLOSED  # there is nothing to give back
             return
         self._state = _State.CLOSING
         if sys.getrefcount(self._root) > self._idle_references:

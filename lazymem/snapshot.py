@@ -571,6 +571,7 @@ def open(
     threads: int | None = None,
     chunk_size: int | None = None,
     readahead: int | None = None,
+    fork: str = "inherit",
     as_format: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     cache: StrPath | bool | None = None,
@@ -583,7 +584,8 @@ def open(
         .bin of torch.save (nothing in it is run), or any other file, whose bytes are the array "data".
         Content decides, not the suffix.
     mode: "r", writing is an error; "c", copy-on-write: changes stay in this process's memory.
-    backend, install, threads, chunk_size, readahead: see `lazymem.options.OpenOptions`; left out,
+    fork: "inherit", child processes get the memory, as lazy as it is here; "drop", they do not.
+    backend, install, threads, chunk_size, readahead, fork: see `lazymem.options.OpenOptions`; left out,
         the environment decides (LAZYMEM_BACKEND, LAZYMEM_INSTALL, LAZYMEM_THREADS).
     as_format: read a container as "raw", "npy", "npz", "safetensors", "torch" or "gguf" instead of finding
         out.
@@ -610,6 +612,7 @@ def open(
         threads=threads,
         chunk_size=chunk_size,
         readahead=readahead,
+        fork=fork,
     )
     store = StoreOptions.from_environment(storage_options, cache=cache)
     location = location_of(source)
@@ -625,7 +628,8 @@ def open(
         public.pop("cache", None)  # a directory of this machine; the other side has an environment of its own
     keywords = {
         "mode": mode, "backend": backend, "install": install, "threads": threads, "chunk_size": chunk_size,
-        "readahead": readahead, "as_format": as_format, "storage_options": public or None,
+        "readahead": readahead, "fork": None if fork == "inherit" else fork, "as_format": as_format,
+        "storage_options": public or None,
         "dtype": None if target is None else target.name,
     }  # fmt: skip
     reference = Reference(

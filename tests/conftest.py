@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,25 @@ if TYPE_CHECKING:
 
 # Where no byte code may be kept, each of thousands of child processes would compile lazymem anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+#: What cannot even be imported where a package is missing: new Pythons have no torch.
+NEED = {
+    "torch": (
+        "differential",
+        "models",
+        "integration/test_safetensors_install.py",
+        "integration/test_safetensors_sources.py",
+        "unit/test_containers_torch.py",
+        "unit/test_torch_tensors.py",
+    ),
+    "gguf": ("unit/test_containers_gguf.py",),
+}
+MISSING = [package for package in NEED if find_spec(package) is None]
+collect_ignore = [path for package in MISSING for path in NEED[package]]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"not collected, for want of {package}: {', '.join(NEED[package])}" for package in MISSING]
 
 
 @pytest.fixture

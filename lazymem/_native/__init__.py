@@ -325,6 +325,7 @@ class RegionSpec:
     backend: str
     install: str = "auto"
     writable: bool = False
+    dropped: bool = False
     threads: int = 0
     readahead: int = 0
     sources: Sequence[int] = ()
@@ -404,6 +405,7 @@ class NativeRegion:
                 "backend": BACKENDS[spec.backend],
                 "install": INSTALLS[spec.install],
                 "writable": spec.writable,
+                "dropped": spec.dropped,
                 "threads": spec.threads,
                 "readahead": spec.readahead,
                 "runs": runs,
@@ -436,7 +438,9 @@ class NativeRegion:
         return cls(out[0])
 
     @classmethod
-    def open_map(cls, size: int, pieces: Sequence[MapPiece], *, writable: bool) -> NativeRegion:
+    def open_map(
+        cls, size: int, pieces: Sequence[MapPiece], *, writable: bool, dropped: bool = False
+    ) -> NativeRegion:
         table = ffi.new("lm_map_piece[]", len(pieces))
         for i, piece in enumerate(pieces):
             table[i].region_offset = piece.region_offset
@@ -444,7 +448,7 @@ class NativeRegion:
             table[i].length = piece.length
             table[i].fd = piece.fd
         out = ffi.new("lm_region **")
-        _check(lib.lm_region_open_map(size, table, len(pieces), writable, out))
+        _check(lib.lm_region_open_map(size, table, len(pieces), writable, dropped, out))
         return cls(out[0])
 
     def seal(self) -> None:

@@ -831,15 +831,34 @@ static void revive_region(struct lm_region *region, const int *errors)
         lose_region(region, "after fork, in the child", error);
 }
 
+/* Regions that children do not get are closed here, and need no threads. */
+static void leave_dropped_behind(void)
+{
+    size_t i, kept = 0;
+
+    for (i = 0; i < engine->region_count; i++) {
+        struct lm_region *region = engine->regions[i];
+
+        if (region->dropped) {
+            lm_region_leave_behind(region);
+            engine->users--;
+        } else {
+            engine->regions[kept++] = region;
+        }
+    }
+    engine->region_count = kept;
+}
+
 static void after_fork_in_child(void)
 {
     int errors[LM_UFFD_COUNT] = { 0 };
     bool used[LM_UFFD_COUNT];
-    bool remote = false, composers = engine->composer_count > 0;
+    bool ran = engine->users > 0, remote = false, composers = engine->composer_count > 0;
     int index, error;
     size_t i;
 
     init_sync();
+    leave_dropped_behind();
     for (i = 0; i < engine->region_count; i++)
         remote = remote || engine->regions[i]->remote;
     lm_queue_clear(&engine->remote);
@@ -848,7 +867,7 @@ static void after_fork_in_child(void)
     lm_queue_clear(&engine->composing);
     engine->composing_ahead = 0;
     error = lm_fetch_after_fork(remote);
-    if (engine->users == 0)
+    if (!ran)
         return;
     lm_queue_clear(&engine->queue);
     forget_workers(engine->resolvers, LM_MAX_RESOLVERS);
@@ -858,6 +877,10 @@ static void after_fork_in_child(void)
     for (index = 0; index < LM_UFFD_COUNT; index++)
         used[index] = engine->uffds[index].fd >= 0;
     close_descriptors(); /* this process's copies only; the parent's go on */
+    if (engine->users == 0) {
+        stop(); /* of what runs nothing is left; what it held goes */
+        return;
+    }
     if (error == 0)
         error = open_poller();
     /* One thread will do until the child asks for more (lm_region_prefetch, another open). */

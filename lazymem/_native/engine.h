@@ -56,6 +56,8 @@ struct lm_region {
     size_t memory; /* bytes of the allocation that holds this and the tables below */
     int backend, install, prot;
     bool writable;
+    bool dropped; /* children of a fork do not get the memory */
+    int process;  /* the one that opened it */
 
     int uffd; /* index into the engine's descriptors */
     struct lm_extent *registered;
@@ -175,6 +177,8 @@ void lm_report_lost_region(const struct lm_region *region, const char *when, int
 uint64_t lm_report_find_array(const struct lm_region *region, uint64_t start, uint64_t end);
 
 /* region.c */
+/* In the child of a fork: a dropped region is closed here, and what it held is given back. */
+void lm_region_leave_behind(struct lm_region *region);
 uint64_t lm_region_array_end(const struct lm_region *region, uint64_t chunk); /* in chunks */
 void lm_region_record_error_locked(struct lm_region *region, uint64_t chunk, int code, const char *text);
 

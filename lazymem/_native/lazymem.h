@@ -266,6 +266,7 @@ typedef struct {
     int backend;                /* LM_BACKEND_UFFD, _UFFD_USER or _EAGER */
     int install;                /* LM_INSTALL_* */
     int writable;               /* 0: mode "r"; 1: mode "c" */
+    int dropped;                /* 1: children of a fork do not get the memory. See lm_region_open_map */
     int threads;                /* resolver threads if this region starts the engine; 0: default */
     uint32_t readahead;         /* chunks to run ahead of a sequential scan at most; 0: never */
     const lm_run *runs;
@@ -309,8 +310,10 @@ typedef struct {
 } lm_map_piece;
 
 int lm_region_open(const lm_region_spec *spec, lm_region **ret_region);
+/* dropped: a child process, however it is made, has nothing where the region lies here: touching it there
+ * raises SIGSEGV. A child that ran pthread_atfork's handlers finds the region closed. */
 int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece_count, int writable,
-                       lm_region **ret_region);
+                       int dropped, lm_region **ret_region);
 /* Unmaps and gives everything back but the handle. Calls that wait in other threads return LM_E_CLOSED
  * first, chunks in flight are finished first. Every call on the handle then says LM_E_CLOSED. Idempotent.
  * No thread may use the memory any more. */

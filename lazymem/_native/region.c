@@ -21,6 +21,12 @@
 /* Each hole costs two mappings of the 65,530 that a process may have. */
 #define LM_MAX_HOLES 1000
 
+/* Where regions lie that children of a fork do not get: terabytes below the place at which the kernel puts
+ * memory by itself, so that nothing which a child maps later comes to lie at an address that it was left
+ * with. Where addresses are too short for it, memory lies where the kernel puts it. */
+#define LM_DROPPED_LOW  ((uintptr_t)32 << 40)
+#define LM_DROPPED_HIGH ((uintptr_t)64 << 40)
+
 #define LM_MAP_CHUNK ((size_t)2 << 20) /* what a plain mapping calls a chunk */
 
 #ifndef MADV_POPULATE_READ
@@ -120,7 +126,8 @@ static void give_back(struct lm_region *region)
 {
     int i;
 
-    lm_sys_free(region->base, region->size);
+    if (!region->dropped || region->process == lm_sys_process()) /* else it is not ours, whatever lies there */
+        lm_sys_free(region->base, region->size);
     region->base = NULL;
     for (i = 0; i < region->source_count; i++) {
         if (region->remote)
@@ -139,7 +146,43 @@ static void destroy(struct lm_region *region)
     lm_sys_free(region, region->memory);
 }
 
+void lm_region_leave_behind(struct lm_region *region)
+{
+    lm_sys_guard(region->base, region->size);
+    region->calls = region->tasks = 0;
+    region->closing = region->closed = true;
+    give_back(region);
+}
+
 /* ---- open ---- */
+
+/* Address space, and whether children get it. */
+static int reserve(struct lm_region *region)
+{
+    static _Atomic uintptr_t low = LM_DROPPED_LOW;
+    uintptr_t wanted = 0;
+    void *base;
+    int error;
+
+    if (region->dropped) {
+        wanted = atomic_fetch_add(&low, region->size + LM_HUGE_PAGE);
+        if (wanted + region->size > LM_DROPPED_HIGH) { /* from the beginning: most of it is free again */
+            wanted = LM_DROPPED_LOW;
+            atomic_store(&low, wanted + region->size + LM_HUGE_PAGE);
+        }
+    }
+    error = lm_sys_reserve_at((void *)wanted, region->size, LM_HUGE_PAGE, &base);
+    if (error < 0)
+        return error;
+    region->base = base;
+    return 0;
+}
+
+/* After the last change of the mappings: what is mapped anew is inherited. */
+static int keep_from_children(const struct lm_region *region)
+{
+    return region->dropped ? lm_sys_advise(region->base, region->size, MADV_DONTFORK) : 0;
+}
 
 static bool is_chunk_size(uint32_t size)
 {
@@ -260,7 +303,6 @@ static int register_ranges(struct lm_region *region, uint64_t hole_size)
 static int attach_locked(struct lm_region *region, const lm_region_spec *spec, uint64_t hole_size)
 {
     const struct lm_uffd *uffd = NULL;
-    void *base;
     int error = 0;
 
     if (spec->backend != LM_BACKEND_EAGER) {
@@ -275,14 +317,13 @@ static int attach_locked(struct lm_region *region, const lm_region_spec *spec, u
     region->prot = PROT_READ;
     if (spec->writable || region->install == LM_INSTALL_MOVE || uffd == NULL)
         region->prot |= PROT_WRITE;
-    error = lm_sys_reserve(region->size, LM_HUGE_PAGE, &base);
-    if (error < 0)
-        return error;
-    region->base = base;
-    if (uffd != NULL)
+    error = reserve(region);
+    if (error == 0)
+        error = keep_from_children(region);
+    if (error == 0 && uffd != NULL)
         error = register_ranges(region, hole_size);
     if (error == 0)
-        error = lm_sys_protect(base, region->size, region->prot);
+        error = lm_sys_protect(region->base, region->size, region->prot);
     return error < 0 ? error : lm_engine_insert(region);
 }
 
@@ -301,6 +342,8 @@ int lm_region_open(const lm_region_spec *spec, lm_region **ret_region)
         return error;
     region->backend = spec->backend;
     region->writable = spec->writable != 0;
+    region->dropped = spec->dropped != 0;
+    region->process = lm_sys_process();
     region->readahead = spec->readahead;
     region->serial = atomic_fetch_add(&serials, 1) + 1;
     error = lm_table_init(&region->table, spec);
@@ -353,11 +396,11 @@ static int map_pieces(struct lm_region *region, const lm_map_piece *pieces, uint
 }
 
 int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece_count, int writable,
-                       lm_region **ret_region)
+                       int dropped, lm_region **ret_region)
 {
     struct lm_region *region;
     size_t page = lm_sys_page_size();
-    void *memory, *base;
+    void *memory;
     int error;
 
     if (size == 0 || size > (UINT64_C(1) << 46))
@@ -369,15 +412,17 @@ int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece
     region->memory = sizeof *region;
     region->backend = LM_BACKEND_MAP;
     region->writable = writable != 0;
+    region->dropped = dropped != 0;
+    region->process = lm_sys_process();
     region->prot = PROT_READ | (writable ? PROT_WRITE : 0);
     region->size = (size + page - 1) & ~(uint64_t)(page - 1);
-    error = lm_sys_reserve(region->size, LM_HUGE_PAGE, &base);
-    if (error == 0) {
-        region->base = base;
-        error = lm_sys_protect(base, region->size, region->prot);
-    }
+    error = reserve(region);
+    if (error == 0)
+        error = lm_sys_protect(region->base, region->size, region->prot);
     if (error == 0)
         error = map_pieces(region, pieces, piece_count);
+    if (error == 0)
+        error = keep_from_children(region);
     if (error < 0) {
         destroy(region);
         return error;

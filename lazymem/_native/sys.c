@@ -58,6 +58,11 @@ int lm_sys_cpu_count(void)
     return 1;
 }
 
+int lm_sys_process(void)
+{
+    return (int)getpid();
+}
+
 int lm_sys_ioctl(int fd, unsigned long request, void *argument)
 {
     int result = ioctl(fd, request, argument);
@@ -139,6 +144,11 @@ void lm_sys_free(void *memory, size_t length)
 
 int lm_sys_reserve(size_t length, size_t alignment, void **ret_memory)
 {
+    return lm_sys_reserve_at(NULL, length, alignment, ret_memory);
+}
+
+int lm_sys_reserve_at(void *wanted, size_t length, size_t alignment, void **ret_memory)
+{
     size_t span;
     char *start;
     size_t lead;
@@ -146,7 +156,7 @@ int lm_sys_reserve(size_t length, size_t alignment, void **ret_memory)
 
     if (__builtin_add_overflow(length, alignment, &span))
         return -ENOMEM;
-    memory = mmap(NULL, span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    memory = mmap(wanted, span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
         return -errno;
     start = memory;
@@ -157,6 +167,16 @@ int lm_sys_reserve(size_t length, size_t alignment, void **ret_memory)
     (void)munlock(start + lead, length);
     *ret_memory = start + lead;
     return 0;
+}
+
+void lm_sys_guard(void *address, size_t length)
+{
+    /* Before Linux 4.17 the address is only a hint: then what was made elsewhere goes again. */
+    void *memory = mmap(address, length, PROT_NONE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
+
+    if (memory != MAP_FAILED && memory != address)
+        (void)munmap(memory, length);
 }
 
 int lm_sys_alloc_buffer(size_t length, void **ret_memory)

@@ -19,6 +19,7 @@ uint64_t lm_sys_now_ns(void); /* CLOCK_MONOTONIC */
 void lm_sys_deadline(int timeout_ms, struct timespec *ret_deadline);
 size_t lm_sys_page_size(void);
 int lm_sys_cpu_count(void); /* this thread's affinity */
+int lm_sys_process(void);   /* its id: another one in the child of a fork, whoever made it */
 
 int lm_sys_ioctl(int fd, unsigned long request, void *argument);
 /* All of length bytes, or LM_E_SHORT at the end of the file, or -errno. */
@@ -38,6 +39,10 @@ void lm_sys_free(void *memory, size_t length);
  * locked: under mlockall(MCL_FUTURE) accessible memory is filled with zeros before anybody can register
  * it. Register first, then lm_sys_protect. */
 int lm_sys_reserve(size_t length, size_t alignment, void **ret_memory);
+/* The same, at `wanted` if nothing lies there, else anywhere. */
+int lm_sys_reserve_at(void *wanted, size_t length, size_t alignment, void **ret_memory);
+/* Make the range inaccessible for good, unless something lies there already. */
+void lm_sys_guard(void *address, size_t length);
 /* Memory like lm_sys_alloc's that is written through again and again: huge pages where it is long enough,
  * so that the first use of a worker costs a few page faults and not thousands. */
 int lm_sys_alloc_buffer(size_t length, void **ret_memory);

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Composed regions (dtype=, parts in another order) under what befalls a process: fork, GIL, network."""
+"""Composed regions (dtype=, parts in another order) under what befalls a process: GIL, network. What forks:
+test_faults_fork.py."""
 
 from __future__ import annotations
 
@@ -23,7 +24,6 @@ COMMON = """
 import ctypes, json, os, sys, threading, time
 import numpy as np
 import lazymem
-from lazymem.composition import Part, Recipe
 from tests.arrays import make_arrays
 
 expected = {
@@ -33,44 +33,7 @@ expected = {
 
 def wrong(snap):
     return [name for name in expected if not np.array_equal(snap[name], expected[name])]
-
-def wait_for(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 """
-
-FORK = """
-options = json.loads(sys.argv[3]) if len(sys.argv) > 3 else None
-snap = lazymem.open(sys.argv[1], mode=sys.argv[2], dtype="float64", readahead=0, storage_options=options)
-assert np.array_equal(snap["layer.1.weight"], expected["layer.1.weight"])
-if sys.argv[2] == "c":
-    snap["layer.2.weight"][0, 0] = 42
-snap.prefetch()  # under way
-pid = os.fork()
-if pid == 0:
-    if sys.argv[2] == "c":
-        assert snap["layer.2.weight"][0, 0] == 42
-        snap["layer.2.weight"][0, 0] = expected["layer.2.weight"][0, 0]
-    snap.prefetch("layer.9.weight", wait=True)
-    grandchild = os.fork()
-    if grandchild == 0:
-        os._exit(len(wrong(snap)))
-    os._exit(len(wrong(snap)) + wait_for(grandchild))
-if sys.argv[2] == "c":
-    assert snap["layer.2.weight"][0, 0] == 42
-    snap["layer.2.weight"][0, 0] = expected["layer.2.weight"][0, 0]
-assert not wrong(snap)
-print(wait_for(pid))
-"""
-
-
-@pytest.mark.parametrize("mode", ["r", "c"])
-def test_both_sides_of_a_fork_read_right_bytes(snapshot_path: Path, mode: str) -> None:
-    assert check_child(COMMON + FORK, snapshot_path, mode) == "0\n"
-
-
-def test_both_sides_of_a_fork_read_right_bytes_from_a_store(s3: Bucket, snapshot_path: Path) -> None:
-    s3.put(KEY, snapshot_path.read_bytes())
-    assert check_child(COMMON + FORK, s3.url(KEY), "c", OPTIONS) == "0\n"
 
 
 def test_touches_that_keep_the_gil_are_served_from_a_store(s3: Bucket, snapshot_path: Path) -> None:
