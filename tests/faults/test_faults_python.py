@@ -59,10 +59,10 @@ try:
     with lazymem.open({sys.argv[1]!r}) as snap:
         said = "right" if snap["ids"][7] == 7 else "wrong"
 except ImportError as error:
-    said = str(error)
+    said = " ".join(str(error).split())
 os.write({tell}, said.encode())
 ''')
-print(os.read(hear, 1000).decode())
+print(os.read(hear, 10_000).decode())
 interpreters.destroy(one)
 print(wrong(snap, expected_of(snap)), ended(forked(lambda: wrong(snap, expected_of(snap)))))
 """
@@ -231,7 +231,8 @@ touch_what_is_damaged()
 
 
 def test_gdb_reads_what_is_there_and_lets_go(snapshot_path: Path) -> None:
-    """It stops the engine as well: what is not populated it cannot read, and is told so at once."""
+    """It stops the engine as well: what is not populated it cannot read, and is told so at once. A call into
+    the process has all threads run, so that populates."""
     gdb = shutil.which("gdb")
     if gdb is None:
         pytest.skip("needs gdb")
@@ -245,11 +246,14 @@ tell(wrong(snap))
 """
     with Child(code, snapshot_path, "{}") as child:
         address = int(child.hear())
+        missing = address + 8 * 250_000
         commands = [
             "set debuginfod enabled off",
             f"x/gd {address + 8}",
             "backtrace 1",
-            f"x/gd {address + 8 * 250_000}",
+            f"x/gd {missing}",
+            f"print ((unsigned long (*)(void *))strlen)((void *){missing})",
+            f"x/gd {missing}",
             "detach",
         ]
         done = subprocess.run(
@@ -271,7 +275,8 @@ tell(wrong(snap))
         said = done.stdout + done.stderr
         assert f"{address + 8:#x}:\t1" in said, said
         assert "#0 " in said, said
-        assert f"Cannot access memory at address {address + 8 * 250_000:#x}" in said, said
+        assert f"Cannot access memory at address {missing:#x}" in said, said
+        assert f"{missing:#x}:\t250000" in said, said
         child.say()
         assert child.hear() == "[]"
         assert child.finish() == 0
