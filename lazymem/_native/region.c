@@ -809,3 +809,18 @@ int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length)
     memcpy(out, region->base + offset, length);
     return leave(region, 0);
 }
+
+int lm_region_touch(lm_region *region, uint64_t offset, size_t length)
+{
+    size_t page = lm_sys_page_size(), at;
+    int error;
+
+    if (offset > region->size || length > region->size - offset)
+        return -EINVAL;
+    error = enter(region);
+    if (error < 0)
+        return error;
+    for (at = 0; at < length; at += page - ((offset + at) & (page - 1)))
+        (void)*(volatile unsigned char *)(region->base + offset + at);
+    return leave(region, 0);
+}
