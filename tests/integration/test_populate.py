@@ -16,7 +16,7 @@ COMMON = """
 import gc, mmap, os, sys
 import numpy as np
 import lazymem
-from tests.conftest import make_arrays
+from tests.arrays import make_arrays
 
 path, backend = sys.argv[1:3]
 expected = make_arrays()
