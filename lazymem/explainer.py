@@ -63,7 +63,10 @@ def explain(what: object = None) -> str:
     extents = extents_of(what)
     if extents is not None:
         return "\n".join(_of_extents(_named(what), extents))
-    buffer = getattr(what, "buffer", None)  # of a Snapshot
+    try:
+        buffer = getattr(what, "buffer", None)  # of a Snapshot
+    except LazymemError as error:  # that is closed
+        return str(error)
     if isinstance(buffer, memoryview):
         return "\n".join(_of_extents("The snapshot", extents_of(buffer) or []))
     return (

@@ -419,7 +419,7 @@ def test_killed_at_any_moment_leaves_nothing_behind(hanging: tuple[str, Hanging]
     moments = random.Random(7)
     temporary, cache = tmp_path / "temporary", tmp_path / "cache"
     temporary.mkdir()
-    for _ in range(3):
+    for _ in range(2):
         children = []
         for number in range(3):
             folder = tmp_path / str(number)

@@ -99,6 +99,7 @@ address = snap["ids"].ctypes.data
 assert "'ids'" in lazymem.explain(address)
 snap.close()
 assert "nothing lazy" in lazymem.explain(address)
+assert "is closed" in lazymem.explain(snap)
 del array
 gc.collect()
 assert "No snapshot is open" in lazymem.explain()
