@@ -28,8 +28,10 @@ from .errors import (
     UnsupportedDtype,
     UnsupportedFormat,
 )
+from .explainer import explain
 from .extractor import extract
-from .region import Stats
+from .memory import Stats
+from .populator import populate
 from .snapshot import ArrayHandle, Snapshot, open, open_array
 from .verifier import VerifyReport, verify
 
@@ -61,9 +63,11 @@ __all__ = [
     "VerifyReport",
     "build",
     "copy",
+    "explain",
     "extract",
     "open",
     "open_array",
+    "populate",
     "verify",
 ]
 __version__ = "0.1.0"

@@ -21,12 +21,13 @@ from .composition import ComposedCatalog, Part, Recipe, cast_recipes, float_dtyp
 from .containers.base import Directory
 from .errors import ArrayNotFound, OptionError, OutOfMemory, SnapshotChanged
 from .format.reader import load_index
+from .memory import Span, Stats
 from .opener import LocationOpener, location_of
 from .options import MIB, OpenOptions, StoreOptions
 from .order import model_order
 from .progress import Progress, reporting
 from .recognizer import recognize
-from .region import Region, Span, Stats
+from .region import Region
 from .store import locations
 from .store.base import Blob
 from .views import show

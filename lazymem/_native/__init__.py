@@ -486,6 +486,10 @@ class NativeRegion:
         with ffi.from_buffer(out, require_writable=True) as view:
             _check(lib.lm_region_read(self._handle, offset, view, len(view)))
 
+    def touch(self, offset: int, length: int) -> None:
+        """Read a byte of each page, GIL released; the range must be populated."""
+        _check(lib.lm_region_touch(self._handle, offset, length))
+
     def states(self, first: int, count: int) -> bytes:
         out = ffi.new("uint8_t[]", count)
         _check(lib.lm_region_states(self._handle, first, count, out))

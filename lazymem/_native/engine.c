@@ -22,6 +22,8 @@
 #define LM_BELL LM_UFFD_COUNT /* epoll tag; smaller ones are indices of uffds */
 /* Chunks looked at for one prefetch task before the lock is let go. */
 #define LM_PREFETCH_SCAN 4096
+/* How long a thread that waits may hold signals back: what a handler is late at most. */
+#define LM_SIGNALS_MS 10
 
 /* All zeros until `prepare` runs: with one value that is not, its queues were megabytes of the library's
  * file, and of pages that every fork copies. */
@@ -104,6 +106,7 @@ void lm_engine_remove(struct lm_region *region)
 
 uint64_t lm_engine_region_count(void)
 {
+    LM_HOLD_SIGNALS;
     uint64_t count;
 
     pthread_mutex_lock(&engine->lifecycle);
@@ -553,6 +556,26 @@ static void *keep(void *argument)
     return NULL;
 }
 
+int lm_engine_wait_locked(const sigset_t *before, const struct timespec *deadline)
+{
+    struct timespec soon;
+    bool last;
+    int late;
+
+    lm_sys_deadline(LM_SIGNALS_MS, &soon);
+    last = deadline != NULL && (deadline->tv_sec < soon.tv_sec ||
+                                (deadline->tv_sec == soon.tv_sec && deadline->tv_nsec <= soon.tv_nsec));
+    late = pthread_cond_timedwait(&engine->progress, &engine->lock, last ? deadline : &soon);
+    if (late != 0 && !last) {
+        pthread_mutex_unlock(&engine->lock);
+        lm_sys_signals_restore(before);
+        (void)lm_sys_signals_block();
+        pthread_mutex_lock(&engine->lock);
+        return 0;
+    }
+    return late;
+}
+
 void lm_engine_note_lost(void)
 {
     pthread_mutex_lock(&engine->lock);
@@ -755,6 +778,7 @@ int lm_engine_uffd_locked(int backend, int *ret_index)
 
 int lm_engine_thread_count(void)
 {
+    LM_HOLD_SIGNALS;
     int i, count = 0;
 
     pthread_mutex_lock(&engine->lifecycle);
@@ -786,14 +810,22 @@ int lm_engine_thread_count(void)
  * region's pages and the copy of its states, because fork holds the address space for both.
  */
 
+static sigset_t signals_before_fork; /* under lifecycle */
+
 static void before_fork(void)
 {
+    sigset_t before = lm_sys_signals_block(); /* a handler in the child might touch what is not registered yet */
+
     pthread_mutex_lock(&engine->lifecycle);
+    signals_before_fork = before;
 }
 
 static void after_fork_in_parent(void)
 {
+    sigset_t before = signals_before_fork;
+
     pthread_mutex_unlock(&engine->lifecycle);
+    lm_sys_signals_restore(&before);
 }
 
 /* Threads are gone, and what they were writing to may be half written: a leak is the price. */
@@ -849,7 +881,7 @@ static void leave_dropped_behind(void)
     engine->region_count = kept;
 }
 
-static void after_fork_in_child(void)
+static void revive(void)
 {
     int errors[LM_UFFD_COUNT] = { 0 };
     bool used[LM_UFFD_COUNT];
@@ -902,6 +934,12 @@ static void after_fork_in_child(void)
     }
     for (i = 0; i < engine->region_count; i++)
         revive_region(engine->regions[i], errors);
+}
+
+static void after_fork_in_child(void)
+{
+    revive();
+    lm_sys_signals_restore(&signals_before_fork);
 }
 
 /* When the library is loaded: a fork that has begun to run handlers must not meet a lock whose handlers

@@ -15,6 +15,7 @@
 #define LM_ENGINE_H
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 
@@ -158,6 +159,9 @@ int lm_engine_span_room_locked(const struct lm_region *region);
 bool lm_engine_push_span_locked(const struct lm_span *span, bool front);
 /* No room in a queue: give the chunk back, and let whoever waits for it fault again. lock is held. */
 void lm_engine_turn_away_locked(const struct lm_task *task);
+/* Wait for progress, until the deadline if there is one; nonzero once it has passed. Signals that LM_HOLD_SIGNALS
+ * holds back are let through now and then, without the lock. lock is held, once. */
+int lm_engine_wait_locked(const sigset_t *before, const struct timespec *deadline);
 /* An ioctl or read found that the application has closed our descriptors. */
 void lm_engine_note_lost(void);
 

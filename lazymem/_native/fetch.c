@@ -971,6 +971,7 @@ int lm_fetch_after_fork(bool wanted)
 
 int lm_fetch_command(const char *strings, size_t length, unsigned argc, unsigned envc)
 {
+    LM_HOLD_SIGNALS;
     struct lm_command command;
     int error = 0;
 
@@ -986,6 +987,7 @@ int lm_fetch_command(const char *strings, size_t length, unsigned argc, unsigned
 
 int lm_source_open(const char *text, size_t length)
 {
+    LM_HOLD_SIGNALS;
     int number;
 
     pthread_mutex_lock(&engine->lock);
@@ -996,6 +998,7 @@ int lm_source_open(const char *text, size_t length)
 
 int lm_source_update(uint32_t source, const char *text, size_t length)
 {
+    LM_HOLD_SIGNALS;
     int error;
 
     pthread_mutex_lock(&engine->lock);
@@ -1006,6 +1009,7 @@ int lm_source_update(uint32_t source, const char *text, size_t length)
 
 void lm_source_close(uint32_t source)
 {
+    LM_HOLD_SIGNALS;
     pthread_mutex_lock(&engine->lock);
     if (lm_source_get(source) != NULL)
         lm_source_leave(source);
@@ -1016,6 +1020,7 @@ void lm_source_close(uint32_t source)
 int lm_fetch_ask(uint32_t kind, uint32_t source, uint64_t offset, uint64_t length, uint32_t timeout_ms,
                  uint64_t *ret_id)
 {
+    LM_HOLD_SIGNALS;
     struct lm_range *range;
     int error;
 
@@ -1044,6 +1049,7 @@ int lm_fetch_ask(uint32_t kind, uint32_t source, uint64_t offset, uint64_t lengt
 
 int lm_fetch_wait(uint64_t id, int timeout_ms)
 {
+    LM_HOLD_SIGNALS;
     struct timespec deadline;
     struct lm_range *range;
     int result = 0, late = 0;
@@ -1058,7 +1064,7 @@ int lm_fetch_wait(uint64_t id, int timeout_ms)
             result = range->code < 0 ? range->code : 1;
         if (result != 0 || late != 0)
             break;
-        late = pthread_cond_timedwait(&engine->progress, &engine->lock, &deadline);
+        late = lm_engine_wait_locked(&lm_signals_before, &deadline);
     }
     pthread_mutex_unlock(&engine->lock);
     return result;
@@ -1066,6 +1072,7 @@ int lm_fetch_wait(uint64_t id, int timeout_ms)
 
 int lm_fetch_take(uint64_t id, void *out, size_t length, lm_fetch_result *ret_result)
 {
+    LM_HOLD_SIGNALS;
     const unsigned char *bytes = NULL;
     struct lm_range *range;
 
@@ -1094,6 +1101,7 @@ int lm_fetch_take(uint64_t id, void *out, size_t length, lm_fetch_result *ret_re
 
 void lm_fetch_drop(uint64_t id)
 {
+    LM_HOLD_SIGNALS;
     struct lm_range *range;
 
     pthread_mutex_lock(&engine->lock);
@@ -1165,6 +1173,7 @@ int lm_fetch_read(const struct lm_task *task, const lm_chunk_record *record, boo
 
 int lm_fetcher_pid(void)
 {
+    LM_HOLD_SIGNALS;
     int pid;
 
     pthread_mutex_lock(&engine->lock);
@@ -1175,6 +1184,7 @@ int lm_fetcher_pid(void)
 
 uint64_t lm_fetcher_starts(void)
 {
+    LM_HOLD_SIGNALS;
     uint64_t started;
 
     pthread_mutex_lock(&engine->lock);

@@ -350,6 +350,9 @@ int lm_region_error_text(lm_region *region, uint64_t chunk, char *out, size_t le
 int lm_region_evict(lm_region *region, uint64_t first, uint64_t count);
 /* memcpy out of the region; the caller has populated the range. */
 int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length);
+/* Read a byte of each page, as an application does: pages of populated chunks that were given back (by
+ * madvise(), say) come again, if need be by a fault. The caller has populated the range. */
+int lm_region_touch(lm_region *region, uint64_t offset, size_t length);
 
 #define LM_STATE_ABSENT   0
 #define LM_STATE_LOADING  1

@@ -329,6 +329,7 @@ static int attach_locked(struct lm_region *region, const lm_region_spec *spec, u
 
 int lm_region_open(const lm_region_spec *spec, lm_region **ret_region)
 {
+    LM_HOLD_SIGNALS;
     static _Atomic uint64_t serials;
     struct lm_region *region;
     uint64_t hole_size;
@@ -439,6 +440,7 @@ int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece
 
 static int enter(struct lm_region *region)
 {
+    LM_HOLD_SIGNALS;
     int error = 0;
 
     pthread_mutex_lock(&lm_engine.lock);
@@ -452,6 +454,7 @@ static int enter(struct lm_region *region)
 
 static int leave(struct lm_region *region, int result)
 {
+    LM_HOLD_SIGNALS;
     pthread_mutex_lock(&lm_engine.lock);
     if (region->calls > 0) /* the child of a fork in the middle of a call counts from zero */
         region->calls--;
@@ -462,6 +465,7 @@ static int leave(struct lm_region *region, int result)
 
 void lm_region_close(lm_region *region)
 {
+    LM_HOLD_SIGNALS;
     bool mine;
 
     pthread_mutex_lock(&lm_engine.lock);
@@ -473,7 +477,7 @@ void lm_region_close(lm_region *region)
         lm_fetch_forget_locked(region);
     pthread_cond_broadcast(&lm_engine.progress);
     while (mine ? region->tasks > 0 || region->calls > 0 : !region->closed)
-        pthread_cond_wait(&lm_engine.progress, &lm_engine.lock);
+        (void)lm_engine_wait_locked(&lm_signals_before, NULL);
     pthread_mutex_unlock(&lm_engine.lock);
     if (!mine)
         return;
@@ -633,6 +637,7 @@ static void reset_failed_locked(struct lm_region *region, uint64_t first, uint64
 /* Together, so that whoever takes from the queue begins with the first. */
 static int queue_spans(struct lm_region *region, const lm_chunk_span *spans, int count, bool urgent)
 {
+    LM_HOLD_SIGNALS;
     int room, error, i;
 
     pthread_mutex_lock(&lm_engine.lifecycle);
@@ -720,6 +725,7 @@ static int find_error_locked(const struct lm_region *region, uint64_t chunk)
 
 int lm_region_error_text(lm_region *region, uint64_t chunk, char *out, size_t length)
 {
+    LM_HOLD_SIGNALS;
     int slot, error = length == 0 ? -EINVAL : enter(region);
     size_t copied = 0;
 
@@ -782,6 +788,7 @@ static int map_wait(lm_region *region, uint64_t end, int timeout_ms, uint64_t *c
 int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeout_ms,
                    uint64_t *cursor, uint64_t *ret_chunk)
 {
+    LM_HOLD_SIGNALS;
     uint64_t chunks = lm_region_chunk_count(region);
     struct timespec deadline;
     int result, late = 0, error;
@@ -799,14 +806,16 @@ int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeou
         result = region->closing ? LM_E_CLOSED : scan_locked(region, first + count, cursor, ret_chunk);
         if (result != 0 || late != 0)
             break;
-        late = pthread_cond_timedwait(&lm_engine.progress, &lm_engine.lock, &deadline);
+        late = lm_engine_wait_locked(&lm_signals_before, &deadline);
     }
     pthread_mutex_unlock(&lm_engine.lock);
     return leave(region, result);
 }
 
+/* Signals: a handler that touched the chunk meanwhile would wait for this thread. */
 static void evict_chunk(struct lm_region *region, uint64_t chunk)
 {
+    LM_HOLD_SIGNALS;
     size_t size = (size_t)1 << region->table.chunk_shift;
     unsigned char *at = region->base + (chunk << region->table.chunk_shift);
 
@@ -816,6 +825,16 @@ static void evict_chunk(struct lm_region *region, uint64_t chunk)
     lm_table_publish(&region->table, chunk, LM_STATE_ABSENT);
     /* Whoever touched it meanwhile was told to wait for its owner. */
     (void)lm_uffd_wake(lm_engine.uffds[region->uffd].fd, (uintptr_t)at, size);
+}
+
+/* What was asked for before is not wanted any more. */
+static void cut_spans(struct lm_region *region, uint64_t first, uint64_t end)
+{
+    LM_HOLD_SIGNALS;
+
+    pthread_mutex_lock(&lm_engine.lock);
+    lm_engine_cut_spans_locked(region, first, end);
+    pthread_mutex_unlock(&lm_engine.lock);
 }
 
 int lm_region_evict(lm_region *region, uint64_t first, uint64_t count)
@@ -834,9 +853,7 @@ int lm_region_evict(lm_region *region, uint64_t first, uint64_t count)
         return leave(region, lm_sys_advise(region->base + start, (i < region->size ? i : region->size) - start,
                                            MADV_DONTNEED));
     }
-    pthread_mutex_lock(&lm_engine.lock); /* what was asked for before is not wanted any more */
-    lm_engine_cut_spans_locked(region, first, first + count);
-    pthread_mutex_unlock(&lm_engine.lock);
+    cut_spans(region, first, first + count);
     for (i = first; i < first + count; i++)
         evict_chunk(region, i);
     return leave(region, 0);
@@ -852,5 +869,20 @@ int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length)
     if (error < 0)
         return error;
     memcpy(out, region->base + offset, length);
+    return leave(region, 0);
+}
+
+int lm_region_touch(lm_region *region, uint64_t offset, size_t length)
+{
+    size_t page = lm_sys_page_size(), at;
+    int error;
+
+    if (offset > region->size || length > region->size - offset)
+        return -EINVAL;
+    error = enter(region);
+    if (error < 0)
+        return error;
+    for (at = 0; at < length; at += page - ((offset + at) & (page - 1)))
+        (void)*(volatile unsigned char *)(region->base + offset + at);
     return leave(region, 0);
 }

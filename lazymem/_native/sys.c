@@ -301,6 +301,23 @@ void lm_sys_write_patiently(int fd, const char *text, size_t length)
     }
 }
 
+sigset_t lm_sys_signals_block(void)
+{
+    static const int own[] = { SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS };
+    sigset_t others, before;
+
+    sigfillset(&others);
+    for (size_t i = 0; i < sizeof own / sizeof *own; i++)
+        sigdelset(&others, own[i]);
+    pthread_sigmask(SIG_BLOCK, &others, &before);
+    return before;
+}
+
+void lm_sys_signals_restore(const sigset_t *before)
+{
+    pthread_sigmask(SIG_SETMASK, before, NULL);
+}
+
 int lm_sys_thread_start(pthread_t *ret_thread, void *(*run)(void *), void *argument)
 {
     pthread_attr_t attributes;

@@ -8,6 +8,7 @@
 #define LM_SYS_H
 
 #include <pthread.h>
+#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <time.h>
@@ -60,6 +61,14 @@ int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages);
 int lm_sys_isolate_descriptor(int keep);
 /* Write all of it to a descriptor that may be a full pipe nobody reads: give up after 100 ms. */
 void lm_sys_write_patiently(int fd, const char *text, size_t length);
+
+/* A handler of the application may touch lazy memory, and serving the touch takes the engine's lock. So no
+ * handler may run on a thread that holds it: whoever takes it on a thread of the application's declares
+ * this first, and holds signals back until the end of the block. Not those that a thread raises itself. */
+#define LM_HOLD_SIGNALS \
+    __attribute__((cleanup(lm_sys_signals_restore))) sigset_t lm_signals_before = lm_sys_signals_block()
+sigset_t lm_sys_signals_block(void); /* returns what was blocked before */
+void lm_sys_signals_restore(const sigset_t *before);
 
 /* A thread with all signals blocked: the application's handlers never run on it. */
 int lm_sys_thread_start(pthread_t *ret_thread, void *(*run)(void *), void *argument);

@@ -215,7 +215,8 @@ class AtomicFile:
             target.file.write(...)
 
     Until the block ends without an exception nothing stands under `path`, and what stood there
-    before stays. Where the filesystem has O_TMPFILE, not even SIGKILL leaves anything behind.
+    before stays. Where the filesystem has O_TMPFILE, not even SIGKILL leaves anything behind, but between the
+    two system calls that replace a file: then a link to the new one, whole, called `.NAME.*.partial`.
     A symbolic link stays one: the file that it leads to is replaced. Who may read a replaced file may
     read the new one. Raises `BuildError`, or `AccessDenied`; also for a `path` that is no regular file,
     and, with overwrite=False, for one that exists.
@@ -322,13 +323,17 @@ class AtomicFile:
 
     def _publish(self) -> None:
         here = self._directory
-        if not self._overwrite:  # link(2), since rename(2) would replace
-            if self._partial is None:
-                os.link(self._link, self._name, dst_dir_fd=here)
-            else:
-                os.link(self._partial, self._name, src_dir_fd=here, dst_dir_fd=here)
+        if not self._overwrite and self._partial is not None:  # link(2), since rename(2) would replace
+            os.link(self._partial, self._name, src_dir_fd=here, dst_dir_fd=here)
             return
         if self._partial is None:
+            try:
+                # Mostly nothing is there to be replaced, and then no moment has another name in it.
+                os.link(self._link, self._name, dst_dir_fd=here)
+                return
+            except FileExistsError:
+                if not self._overwrite:
+                    raise
             self._partial = self._partial_name()
             os.link(self._link, self._partial, dst_dir_fd=here)
         self._replaced()  # again: hours may have passed

@@ -329,6 +329,15 @@ def test_atomic_file_of_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_atomic_file_that_replaces_nothing_never_has_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "rename", lambda *_, **__: pytest.fail("renamed"))
+    with AtomicFile(tmp_path / "new") as target:
+        target.file.write(b"bytes")
+    assert (tmp_path / "new").read_bytes() == b"bytes"
+
+
 def test_atomic_file_full_disk_says_how_far_it_came(
     tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
