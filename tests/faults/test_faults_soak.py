@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import os
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from .soak import Failed, soak
+from .soak import soak
 
 if TYPE_CHECKING:
     from ..servers.s3 import Bucket
