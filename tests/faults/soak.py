@@ -103,7 +103,8 @@ def end(child: subprocess.Popen[bytes]) -> None:
 
 
 def run_child(seed: int, seconds: float, backend: str | None, prefix: str, folder: Path) -> None:
-    from .soak_operations import Soak, await_level, levels, mappings, resident
+    from .soak_damage import DamagingSoak
+    from .soak_levels import await_level, levels, mappings, resident
 
     log = os.open(folder / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 
@@ -112,7 +113,7 @@ def run_child(seed: int, seconds: float, backend: str | None, prefix: str, folde
     def note(line: str) -> None:
         os.write(log, f"{time.monotonic() - start:7.2f} {line}\n".encode())
 
-    soaking = Soak(folder, seed, backend, prefix, upload if prefix else None, note)
+    soaking = DamagingSoak(folder, seed, backend, prefix, upload if prefix else None, note)
     soaking.everything()
     level = levels()
     memory, maps = resident(), mappings()

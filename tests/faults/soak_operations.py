@@ -13,7 +13,6 @@ import ctypes
 import gc
 import os
 import random
-import shutil
 import signal
 import threading
 import time
@@ -24,39 +23,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 import lazymem
-from lazymem._native import engine_counts
-from lazymem.errors import BackendUnavailable, LazymemError, SnapshotChanged
+from lazymem.errors import BackendUnavailable
 from lazymem.fetcher.client import fetcher_pid
 
-Arrays = dict[str, NDArray[Any]]
-Put = Callable[[str, bytes], object]  # an object under its URL
+from .soak_sources import Arrays, Put, Source, make_sources
+
 Log = Callable[[str], None]
+Verb = Callable[[], str]
 PAGE = os.sysconf("SC_PAGESIZE")
 OPEN_MAX = 5
 THREADS_MAX = 3
 CHILD_DEADLINE = 60.0
-
-
-@dataclass
-class Source:
-    """Something to open, and what must be seen. keywords: for `lazymem.open`."""
-
-    name: str
-    location: str
-    expected: Arrays
-    chunk_sizes: tuple[int | None, ...] = (None,)
-    keywords: dict[str, Any] = field(default_factory=dict)
-    faulting: bool = False  # never shown by a plain mapping
-    movable: bool = False
-
-    @property
-    def is_remote(self) -> bool:
-        return self.location.startswith("s3://")
 
 
 @dataclass
@@ -72,71 +53,12 @@ class Opened:
         return self.snap.mode
 
 
-def weights(seed: int) -> Arrays:
-    rng = np.random.default_rng(seed)
-    return {
-        "big": (rng.standard_normal((300, 1000)) * 0.02).astype(np.float32),
-        "brain": (rng.standard_normal(200_001) * 0.02).astype(np.float32).astype(ml_dtypes.bfloat16),
-        "half": rng.standard_normal((77, 999)).astype(np.float16),
-        "ids": np.arange(70_000, dtype=np.int64),
-        "zeros": np.zeros(300_000, np.uint8),
-        "noise": rng.integers(0, 256, 333_333, dtype=np.uint8),
-        "scalar": np.array(2.5),
-        "empty": np.zeros((0, 3), np.float32),
-    }
-
-
-def widened(arrays: Arrays) -> Arrays:
-    def is_float(array: NDArray[Any]) -> bool:
-        return array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
-
-    return {name: a.astype(np.float32) if is_float(a) else a for name, a in arrays.items()}
-
-
-def make_sources(
-    folder: Path, prefix: str | None, put: Callable[[str, bytes], object] | None
-) -> list[Source]:
-    """Local ones in `folder`; with `put` the same under the URL `prefix`."""
-    from safetensors.numpy import save_file
-
-    arrays, kib = weights(1), 1024
-    kinds = [("zstd", True, 64), ("zstd", False, 128), ("lz4", None, 64), ("none", None, 64)]
-    for codec, planes, size in [*kinds, ("lz4", True, 2048)]:
-        target = folder / f"{codec}-{planes}-{size}.lzm"
-        lazymem.build(arrays, target, codec=codec, planes=planes, chunk_size=size * kib)
-    plain = {name: array for name, array in arrays.items() if array.dtype.kind != "V"}
-    save_file(plain, folder / "a.safetensors")
-    np.save(folder / "a.npy", arrays["big"])
-    sizes = (None, 64 * kib, 256 * kib)
-    found = [
-        Source(f.name, str(f), arrays, faulting="none" not in f.name, movable="2048" in f.name)
-        for f in sorted(folder.glob("*.lzm"))
-    ]
-    found += [
-        Source("a.safetensors", str(folder / "a.safetensors"), plain, sizes),
-        Source("a.npy", str(folder / "a.npy"), {"data": arrays["big"]}, sizes),
-    ]
-    if put is not None:
-        for name in ("zstd-True-64.lzm", "none-None-64.lzm", "lz4-True-2048.lzm", "a.safetensors", "a.npy"):
-            put(prefix + name, (folder / name).read_bytes())
-            like = next(source for source in found if source.name == name)
-            found.append(Source(f"s3:{name}", prefix + name, like.expected, like.chunk_sizes, faulting=True))
-    composed = [source for source in found if source.name != "a.npy"]
-    found += [
-        Source(
-            f"float32:{s.name}", s.location, widened(s.expected), s.chunk_sizes, {"dtype": "float32"}, True
-        )
-        for s in composed
-    ]
-    return found
-
-
 def raw(array: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 class Soak:
-    """One soak; `operations` are its verbs. backend: None for a random one at each open."""
+    """One soak; `verbs` are what it does. backend: None for a random one at each open."""
 
     def __init__(
         self, folder: Path, seed: int, backend: str | None, prefix: str, put: Put | None, log: Log
@@ -150,17 +72,20 @@ class Soak:
         self.kept: list[tuple[NDArray[Any], NDArray[Any], str]] = []  # arrays whose snapshot was dropped
         self.numbers = iter(range(1 << 60))
         self.sources = make_sources(folder, prefix, put)
-        self.operations: dict[Callable[[], str], int] = {
+
+    def verbs(self) -> dict[Verb, int]:
+        """What may come next, and how often beside the others."""
+        return {
             self.open: 12, self.close: 5, self.touch: 30, self.write: 10, self.fork: 5, self.evict: 8,
             self.prefetch: 10, self.read: 6, self.thread: 8, self.join: 3, self.give_back: 6,
-            self.kill_fetcher: 2, self.damage: 3, self.replace: 2, self.drop: 2, self.collect: 1,
+            self.kill_fetcher: 2, self.drop: 2, self.collect: 1,
         }  # fmt: skip
 
     # ---- running ----
 
     def step(self) -> None:
-        verbs = list(self.operations)
-        verb = self.random.choices(verbs, list(self.operations.values()))[0]
+        verbs = self.verbs()
+        verb = self.random.choices(list(verbs), list(verbs.values()))[0]
         if len(self.opened) < 2:
             verb = self.open
         self.log(f"{verb.__name__} ...")
@@ -176,7 +101,7 @@ class Soak:
             self.check_all(one)
             one.snap.close()
         self.open()
-        for verb in self.operations:
+        for verb in self.verbs():
             self.log(f"first {verb.__name__} ...")
             verb()
         self.finish()
@@ -471,119 +396,6 @@ class Soak:
             os.kill(pid, self.random.choice([signal.SIGKILL, signal.SIGTERM]))
         return f"process {pid}" if pid else ""
 
-    def private_copy(self) -> Source:
-        """A compressed local snapshot in a file of its own."""
-        source = self.random.choice(
-            [
-                s
-                for s in self.sources
-                if s.faulting and Path(s.location).parent == self.folder and s.location.endswith(".lzm")
-            ]
-        )
-        path = self.folder / f"copy-{next(self.numbers)}.lzm"
-        shutil.copy(source.location, path)
-        return Source(
-            f"copy of {source.name}", str(path), source.expected, keywords=source.keywords, faulting=True
-        )
-
-    def damage(self) -> str:
-        """A chunk goes bad, is named, ends whoever touches it, and heals when its bytes are right again."""
-        source = self.private_copy()
-        path = Path(source.location)
-        good = path.read_bytes()
-        times = path.stat()
-        name = self.random.choice(["big", "noise"])
-        if "2048" in source.name:
-            name = "big"
-        if len(good) == 0 or self.backend == "eager":
-            path.unlink()
-            return ""
-        backend = self.backend
-        self.backend = backend or self.random.choice(["uffd", "uffd-user"])
-        try:
-            one = self.open_one(source, self.random.choice("rc"))
-        finally:
-            self.backend = backend
-        self.spoil(path, name)
-        said = self.suffer(one, name)
-        with open(path, "r+b") as file:
-            file.write(good)
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        one.snap.prefetch(wait=True)
-        self.check_all(one)
-        one.snap.close()
-        path.unlink()
-        return f"{source.name} {name}: {said}"
-
-    def spoil(self, path: Path, name: str) -> None:
-        from lazymem.format.reader import load_index
-        from lazymem.store.local import LocalBlob
-
-        with LocalBlob(path) as blob:
-            index = load_index(blob)
-            chunk = index.range_of(index.rows[name])[0] // index.chunk_size
-            record = index.record_of(chunk)
-            assert record is not None
-            at = int(index.records["offset"][record]) + 50
-        times = path.stat()
-        with open(path, "r+b") as file:
-            file.seek(at)
-            byte = file.read(1)[0]
-            file.seek(at)
-            file.write(bytes([byte ^ 0x10]))
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-    def suffer(self, one: Opened, name: str) -> str:
-        said = ""
-        for deed in self.random.sample(["ask", "touch", "others"], 3):
-            if deed == "ask":
-                try:
-                    one.snap.prefetch(name, wait=True)
-                except LazymemError as error:
-                    said = type(error).__name__
-                else:
-                    raise AssertionError(f"damage was not seen: {one.source.name} {name}")
-            elif deed == "others":
-                if "2048" not in one.source.name:  # where all arrays lie in two chunks
-                    self.touch_some(self.random, one, "ids")
-            else:
-                pid = os.fork()
-                if pid == 0:
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                    bytes(raw(one.snap[name])[:10])
-                    os._exit(0)
-                self.await_child(pid, -signal.SIGBUS)
-        return said
-
-    def replace(self) -> str:
-        """The file is another one: what is in place stays right, the rest is refused, never mixed."""
-        source = self.private_copy()
-        path = Path(source.location)
-        one = self.open_one(source, "r", readahead=0)  # nothing under way when the file changes
-        name = self.name_in(one)
-        self.touch_some(self.random, one, name)
-        how = self.random.choice(["rename", "rewrite", "cut"])
-        if how == "rename":
-            other = path.with_suffix(".new")
-            lazymem.build({"big": np.ones(1000)}, other)
-            os.replace(other, path)
-            self.check_all(one)
-        else:
-            missing = 0 in one.snap.chunk_states()
-            with open(path, "r+b") as file:
-                file.truncate(100 if how == "cut" else None)
-                file.write(bytes(100))
-            try:
-                one.snap.prefetch(wait=True)
-                if missing and how == "cut":
-                    raise AssertionError(f"a cut was not seen: {source.name}")
-                self.check_all(one)
-            except SnapshotChanged:
-                pass
-        one.snap.close()
-        path.unlink()
-        return f"{source.name} {how}"
-
     def drop(self) -> str:
         """Arrays outlive their snapshot, and go in any order."""
         one = self.pick(lambda one: not one.threads)
@@ -607,35 +419,3 @@ libc = ctypes.CDLL(None, use_errno=True)
 def raw_address(array: NDArray[Any]) -> tuple[int, int]:
     begin = array.__array_interface__["data"][0]
     return begin, begin + array.nbytes
-
-
-def levels() -> dict[str, int]:
-    """What must not grow."""
-    return {
-        "regions": engine_counts()[0],
-        "engine threads": engine_counts()[1],
-        "descriptors": len(os.listdir("/proc/self/fd")),
-        "threads": len(os.listdir("/proc/self/task")),
-    }
-
-
-def await_level(level: dict[str, int]) -> None:
-    """Raise if it is not reached: what was broken off may end behind close()'s back, and no later."""
-    end = time.monotonic() + 30
-    while (now := levels()) != level and time.monotonic() < end:
-        time.sleep(0.05)
-    if now != level:
-        raise AssertionError(f"before {level}, after {now}")
-    try:
-        raise AssertionError(f"a child is left: {os.waitpid(-1, os.WNOHANG)}")
-    except ChildProcessError:
-        pass
-
-
-def resident() -> int:
-    """Bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
-
-
-def mappings() -> int:
-    return Path("/proc/self/maps").read_text().count("\n")
