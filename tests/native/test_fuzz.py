@@ -64,6 +64,7 @@ def run(program: Path, *arguments: object) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.timeout(300)  # compiles the core once more
 def test_fuzzed_input_harms_nothing(tmp_path: Path) -> None:
     compiler = clang(tmp_path)
     if compiler is not None:
