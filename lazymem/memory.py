@@ -144,14 +144,14 @@ class Memory:
         progress: called with (bytes in place, bytes in all) while it waits, and at the end.
         Releases the GIL. Raises `ChunkCorrupt`, `ReadError`, `SnapshotChanged`, `SnapshotClosed`.
         """
-        process = os.getpid()
+        asked = self._asked()
         with self._errors():
             self._queue(spans, urgent=wait)
             if not wait:
                 return
             done, total = 0, sum(count for _, count in spans)
             for first, count in spans:
-                for there in self._wait(first, count, process):
+                for there in self._wait(first, count, asked):
                     if progress is not None:
                         progress((done + there) * self.chunk_size, total * self.chunk_size)
                 done += count
@@ -165,12 +165,17 @@ class Memory:
             time.sleep(_WAIT_MS / 1000)  # full: 16,384 spans are waiting
             queued += self._native.prefetch(spans[queued:], urgent=urgent)
 
-    def _wait(self, first: int, count: int, process: int) -> Iterator[int]:
-        """Wait, and say now and then how many chunks are in place. process: the one that queued the span."""
+    def _asked(self) -> tuple[int, int]:
+        """What makes asking again needful: a signal handler forks, and the queue stays with the parent; or
+        another thread evicts what was in place already, or in the queue."""
+        return os.getpid(), self._native.evictions
+
+    def _wait(self, first: int, count: int, asked: tuple[int, int]) -> Iterator[int]:
+        """Wait, and say now and then how many chunks are in place. asked: `_asked` when they were queued."""
         done, cursor = False, first
         while not done:
-            if os.getpid() != process:  # a signal handler has forked: the queue stayed with the parent
-                process = os.getpid()
+            if asked != self._asked():
+                asked = self._asked()
                 self._queue([(first, count)], urgent=True)
             done, cursor = self._native.wait(first, count, cursor, _WAIT_MS)
             yield min(cursor - first, count)

@@ -372,6 +372,7 @@ class NativeRegion:
         number = lib.lm_region_backend(handle)
         self.backend = next(name for name, value in BACKENDS.items() if value == number)
         self.install = {1: "copy", 2: "move"}.get(lib.lm_region_install(handle), "none")
+        self.evictions = 0  # calls of `evict` that have ended; two at once may count as one
 
     @classmethod
     def open(cls, spec: RegionSpec) -> NativeRegion:
@@ -474,6 +475,7 @@ class NativeRegion:
     def evict(self, first: int, count: int) -> None:
         """Give the pages of chunks back; touched again they are populated again."""
         _check(lib.lm_region_evict(self._handle, first, count))
+        self.evictions += 1
 
     def _error_text(self, chunk: int) -> str:
         out = ffi.new("char[]", 512)

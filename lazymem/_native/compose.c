@@ -147,7 +147,8 @@ static int cut(struct lm_worker *worker, const struct lm_task *task, uint64_t fr
         *ret_bytes = worker->stock;
     } else {
         error = load(worker, task, chunk, record, text);
-        *ret_bytes = (unsigned char *)worker->stock + at;
+        if (error == 0)
+            *ret_bytes = (unsigned char *)worker->stock + at;
     }
     *ret_length = (size_t)length;
     return error;

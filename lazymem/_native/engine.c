@@ -92,16 +92,23 @@ int lm_engine_insert(struct lm_region *region)
     return error;
 }
 
-void lm_engine_remove(struct lm_region *region)
+bool lm_engine_remove_idle(struct lm_region *region)
 {
+    bool idle;
     size_t at;
 
     pthread_mutex_lock(&engine->lock);
+    idle = region->tasks == 0 && region->calls == 0;
+    if (!idle) {
+        pthread_mutex_unlock(&engine->lock);
+        return false;
+    }
     at = upper_bound((uintptr_t)region->base) - 1;
     engine->region_count--;
     memmove(&engine->regions[at], &engine->regions[at + 1],
             (engine->region_count - at) * sizeof *engine->regions);
     pthread_mutex_unlock(&engine->lock);
+    return true;
 }
 
 uint64_t lm_engine_region_count(void)
@@ -184,7 +191,7 @@ static void run_ahead_locked(struct lm_region *region, uint64_t chunk)
     struct lm_scan *scan;
     uint64_t end, start, limit;
 
-    if (region->readahead == 0 || !engine->has_helpers)
+    if (region->readahead == 0 || !engine->has_helpers || region->closing) /* its spans have been dropped */
         return;
     scan = scan_of_locked(region, chunk);
     scan->used = ++region->ahead_time;
@@ -850,8 +857,8 @@ static void revive_region(struct lm_region *region, const int *errors)
 {
     int error;
 
-    region->tasks = region->calls = region->error_count = 0;
-    region->closing = false; /* whoever was closing it is not here */
+    region->tasks = region->calls = region->touching = region->error_count = 0;
+    region->closing = region->leaving = false; /* whoever was closing it is not here */
     memset(region->ahead, 0, sizeof region->ahead);
     if (region->backend == LM_BACKEND_EAGER || engine->lost)
         return;

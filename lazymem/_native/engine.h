@@ -82,8 +82,10 @@ struct lm_region {
 
     /* Under the engine's lock. */
     bool closing, closed;
-    unsigned tasks; /* queued or running */
-    unsigned calls; /* of the public functions, in other threads */
+    bool leaving;     /* closing, and nobody waits for bytes: what is on its way may be dropped */
+    unsigned tasks;   /* queued or running */
+    unsigned calls;   /* of the public functions, in other threads */
+    unsigned touching; /* of them, those that touch the memory */
     struct { uint64_t chunk; int code; char text[LM_ERROR_TEXT]; } errors[LM_ERROR_SLOTS];
     unsigned error_count;
     struct lm_scan ahead[LM_SCANS];
@@ -149,7 +151,8 @@ int lm_engine_uffd_locked(int backend, int *ret_index);
 int lm_engine_threads_locked(void);        /* have all wanted threads run */
 int lm_engine_composers_locked(void);      /* composers are wanted, too */
 int lm_engine_insert(struct lm_region *region);
-void lm_engine_remove(struct lm_region *region);
+/* No address leads to the region any more. False, and no change, while a task or a call uses it. */
+bool lm_engine_remove_idle(struct lm_region *region);
 /* Whether chunks of the region come by way of the courier: remote, and not composed. */
 bool lm_engine_by_courier(const struct lm_region *region);
 /* Forget that chunks [first, end) were to be populated. lock is held. */

@@ -1117,7 +1117,7 @@ static struct lm_range *wait_for_range_locked(const struct lm_region *region, ui
     struct lm_range *range = NULL;
     struct timespec soon;
 
-    while (!region->closing &&
+    while (!region->leaving &&
            (range = take_range_locked(LM_ASK_RANGE, source, region->fetch_timeout_ms)) == NULL) {
         lm_sys_deadline(LM_BLOCKED_MS, &soon);
         (void)pthread_cond_timedwait(&engine->progress, &engine->lock, &soon);
@@ -1148,7 +1148,7 @@ int lm_fetch_read(const struct lm_task *task, const lm_chunk_record *record, boo
     range->stock_region = region;
     range->stock_chunk = task->chunk;
     lm_fetch_wake_locked();
-    while (range->state != LM_RANGE_READY && !region->closing)
+    while (range->state != LM_RANGE_READY && !region->leaving)
         pthread_cond_wait(&engine->progress, &engine->lock);
     if (range->state != LM_RANGE_READY) { /* whatever comes of it is nobody's */
         range->stock_region = NULL;

@@ -286,34 +286,18 @@ static bool is_worth_another_try(const struct lm_task *task, int error)
     return !closing;
 }
 
-/* A fault message for a chunk that is not absent. Nearly always an old one: wake, and be done. */
-static int recheck(struct lm_worker *worker, const struct lm_task *task)
+/* A fault message for a chunk that is present or poisoned. Nearly always an old one: wake, and be done. Else
+ * the chunk is to be had again, by one owner as ever; so it is with a poisoned one, whose marks go when the
+ * application gives its pages back, and in a child of a fork. True: it is this thread's now. */
+static bool recheck(const struct lm_task *task)
 {
     struct lm_region *region = task->region;
-    size_t chunk_size = (size_t)1 << region->table.chunk_shift;
-    unsigned char *at = region->base + (task->chunk << region->table.chunk_shift);
-    const unsigned char *bytes;
-    char text[LM_FETCH_TEXT] = "";
-    int error = 0;
 
-    if ((lm_table_state(&region->table, task->chunk) & LM_TABLE_STATE) == LM_STATE_PRESENT &&
-        !page_is_resident(task)) {
-        if (lm_engine_by_courier(region) && lm_table_record(&region->table, task->chunk) != NULL &&
-            lm_table_reclaim(&region->table, task->chunk)) {
-            fetch_again(task, 0); /* it wakes whoever waits */
-            return 0;
-        }
-        error = prepare(worker, task, &bytes, text);
-        if (error == 0)
-            error = install_any(region, at, bytes, false);
-        if (error < 0 && lm_table_condemn(&region->table, task->chunk)) {
-            record_error(region, task->chunk, error, text);
-            lm_report_failed_touch(region, task->chunk, error, text);
-            poison(region, at);
-        }
-    }
-    wake(region, at, chunk_size);
-    return error;
+    if (!page_is_resident(task) && lm_table_reclaim(&region->table, task->chunk))
+        return true;
+    wake(region, region->base + (task->chunk << region->table.chunk_shift),
+         (size_t)1 << region->table.chunk_shift);
+    return false;
 }
 
 int lm_populate(struct lm_worker *worker, const struct lm_task *task)
@@ -327,8 +311,14 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
     uint64_t time;
     int error;
 
-    if (task->kind == LM_TASK_RECHECK)
-        return recheck(worker, task);
+    if (task->kind == LM_TASK_RECHECK) {
+        if (!recheck(task))
+            return 0;
+        if (lm_engine_by_courier(region) && lm_table_record(&region->table, task->chunk) != NULL) {
+            fetch_again(task, 0);
+            return 0;
+        }
+    }
     error = prepare(worker, task, &bytes, text);
     if (error == LM_E_CLOSED) { /* nobody may be waiting, and nobody will be */
         lm_table_publish(&region->table, task->chunk, LM_STATE_ABSENT);

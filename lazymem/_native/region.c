@@ -438,52 +438,91 @@ int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece
  * wait for it: a handle outlives its region, and any number of threads may use it at any time.
  */
 
-static int enter(struct lm_region *region)
+static int enter_as(struct lm_region *region, bool touches)
 {
     LM_HOLD_SIGNALS;
     int error = 0;
 
     pthread_mutex_lock(&lm_engine.lock);
-    if (region->closing)
+    if (region->closing) {
         error = LM_E_CLOSED;
-    else
+    } else {
         region->calls++;
+        region->touching += touches;
+    }
     pthread_mutex_unlock(&lm_engine.lock);
     return error;
 }
 
-static int leave(struct lm_region *region, int result)
+static int leave_as(struct lm_region *region, bool touches, int result)
 {
     LM_HOLD_SIGNALS;
     pthread_mutex_lock(&lm_engine.lock);
     if (region->calls > 0) /* the child of a fork in the middle of a call counts from zero */
         region->calls--;
+    if (region->touching > 0)
+        region->touching -= touches;
     pthread_cond_broadcast(&lm_engine.progress);
     pthread_mutex_unlock(&lm_engine.lock);
     return result;
 }
 
-void lm_region_close(lm_region *region)
+static int enter(struct lm_region *region) { return enter_as(region, false); }
+static int leave(struct lm_region *region, int result) { return leave_as(region, false, result); }
+
+static void drop_queued_locked(struct lm_region *region)
 {
-    LM_HOLD_SIGNALS;
+    lm_queue_drop_spans(&lm_engine.queue, region);
+    lm_queue_drop_spans(&lm_engine.composing, region);
+    if (lm_engine_by_courier(region))
+        lm_fetch_forget_locked(region);
+}
+
+/* True if this call is to close it; then nobody waits for anything, and nothing is under way. */
+static bool begin_close(struct lm_region *region, const sigset_t *signals_before)
+{
     bool mine;
 
     pthread_mutex_lock(&lm_engine.lock);
     mine = !region->closing;
     region->closing = true;
-    lm_queue_drop_spans(&lm_engine.queue, region);
-    lm_queue_drop_spans(&lm_engine.composing, region);
-    if (mine && lm_engine_by_courier(region))
-        lm_fetch_forget_locked(region);
     pthread_cond_broadcast(&lm_engine.progress);
-    while (mine ? region->tasks > 0 || region->calls > 0 : !region->closed)
-        (void)lm_engine_wait_locked(&lm_signals_before, NULL);
+    while (!mine && !region->closed)
+        (void)lm_engine_wait_locked(signals_before, NULL);
+    /* A call that copies out of the memory may wait for a chunk that was evicted under it. */
+    while (mine && region->touching > 0)
+        (void)lm_engine_wait_locked(signals_before, NULL);
+    if (mine) {
+        region->leaving = true;
+        drop_queued_locked(region);
+        pthread_cond_broadcast(&lm_engine.progress);
+    }
     pthread_mutex_unlock(&lm_engine.lock);
-    if (!mine)
+    return mine;
+}
+
+static void wait_until_idle(struct lm_region *region, const sigset_t *signals_before)
+{
+    pthread_mutex_lock(&lm_engine.lock);
+    while (region->tasks > 0 || region->calls > 0)
+        (void)lm_engine_wait_locked(signals_before, NULL);
+    pthread_mutex_unlock(&lm_engine.lock);
+}
+
+void lm_region_close(lm_region *region)
+{
+    LM_HOLD_SIGNALS;
+
+    if (!begin_close(region, &lm_signals_before))
         return;
+    wait_until_idle(region, &lm_signals_before);
     pthread_mutex_lock(&lm_engine.lifecycle);
-    if (region->backend != LM_BACKEND_MAP)
-        lm_engine_remove(region);
+    /* A resolver may hold a message that it read long ago, and make work of it until no address leads here. */
+    while (region->backend != LM_BACKEND_MAP && !lm_engine_remove_idle(region)) {
+        pthread_mutex_unlock(&lm_engine.lifecycle);
+        wait_until_idle(region, &lm_signals_before);
+        pthread_mutex_lock(&lm_engine.lifecycle);
+    }
     give_back(region);
     pthread_mutex_lock(&lm_engine.lock);
     region->closed = true;
@@ -865,11 +904,11 @@ int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length)
 
     if (offset > region->size || length > region->size - offset)
         return -EINVAL;
-    error = enter(region);
+    error = enter_as(region, true);
     if (error < 0)
         return error;
     memcpy(out, region->base + offset, length);
-    return leave(region, 0);
+    return leave_as(region, true, 0);
 }
 
 int lm_region_touch(lm_region *region, uint64_t offset, size_t length)
@@ -879,10 +918,10 @@ int lm_region_touch(lm_region *region, uint64_t offset, size_t length)
 
     if (offset > region->size || length > region->size - offset)
         return -EINVAL;
-    error = enter(region);
+    error = enter_as(region, true);
     if (error < 0)
         return error;
     for (at = 0; at < length; at += page - ((offset + at) & (page - 1)))
         (void)*(volatile unsigned char *)(region->base + offset + at);
-    return leave(region, 0);
+    return leave_as(region, true, 0);
 }

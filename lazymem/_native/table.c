@@ -170,19 +170,14 @@ bool lm_table_fail(struct lm_table *table, uint64_t chunk)
     return atomic_compare_exchange_strong(&table->states[chunk], &state, LM_STATE_FAILED);
 }
 
-bool lm_table_condemn(struct lm_table *table, uint64_t chunk)
-{
-    uint8_t state = LM_STATE_PRESENT;
-
-    return atomic_compare_exchange_strong(&table->states[chunk], &state, LM_STATE_POISONED);
-}
-
 bool lm_table_reclaim(struct lm_table *table, uint64_t chunk)
 {
-    uint8_t state = LM_STATE_PRESENT;
+    uint8_t state = lm_table_state(table, chunk);
 
-    return atomic_compare_exchange_strong(&table->states[chunk], &state,
-                                          LM_STATE_LOADING | LM_TABLE_WANTED);
+    while (state == LM_STATE_PRESENT || state == LM_STATE_POISONED)
+        if (atomic_compare_exchange_weak(&table->states[chunk], &state, LM_STATE_LOADING | LM_TABLE_WANTED))
+            return true;
+    return false;
 }
 
 bool lm_table_evict(struct lm_table *table, uint64_t chunk)

@@ -10,11 +10,10 @@
  *                             LOADING|WANTED --fail--> (poison the pages) --> POISONED
  *   FAILED, POISONED --reset (asked for again)--> ABSENT
  *   LOADING --abandon, in the child of a fork, whose loader does not exist--> ABSENT
- *   PRESENT --reclaim: a page was given back, and the bytes are not at hand--> LOADING|WANTED
+ *   PRESENT, POISONED --reclaim: touched where the application gave a page back--> LOADING|WANTED
  *   PRESENT --evict: its pages are about to be given back--> LOADING
- *   PRESENT --condemn: a page was given back and cannot be had again--> POISONED
  *
- * Exactly one thread owns a chunk in LOADING. The table takes no lock and makes no system call.
+ * Exactly one thread owns a chunk in LOADING. tests/unit/protocol_model.py tries every order of these. The table takes no lock and makes no system call.
  */
 #ifndef LM_TABLE_H
 #define LM_TABLE_H
@@ -64,9 +63,7 @@ bool lm_table_want(struct lm_table *table, uint64_t chunk);
 void lm_table_publish(struct lm_table *table, uint64_t chunk, uint8_t state);
 /* LOADING -> FAILED. False, and no change, if the chunk is wanted. */
 bool lm_table_fail(struct lm_table *table, uint64_t chunk);
-/* PRESENT -> POISONED. False if it was not present. */
-bool lm_table_condemn(struct lm_table *table, uint64_t chunk);
-/* PRESENT -> LOADING|WANTED. False if it was not present. */
+/* PRESENT or POISONED -> LOADING|WANTED. False if it was in neither. */
 bool lm_table_reclaim(struct lm_table *table, uint64_t chunk);
 /* PRESENT -> LOADING: the caller gives the pages back and publishes ABSENT. False if it was not present. */
 bool lm_table_evict(struct lm_table *table, uint64_t chunk);

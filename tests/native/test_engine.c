@@ -177,6 +177,40 @@ static void test_close_while_a_prefetch_waits(void)
     }
 }
 
+/* A resolver may have read a message before close() looked for work, and make work of it afterwards. */
+static void test_close_waits_for_work_that_is_made_late(void)
+{
+    lm_region *region;
+    pthread_t closer;
+    int i;
+
+    CHECK(open_region(&region) == 0);
+    pthread_mutex_lock(&lm_engine.lifecycle); /* close() gets as far as this */
+    CHECK(pthread_create(&closer, NULL, close_it, region) == 0);
+    for (i = 0; i < 1000; i++) {
+        pthread_mutex_lock(&lm_engine.lock);
+        i -= !region->closing;
+        pthread_mutex_unlock(&lm_engine.lock);
+        sched_yield();
+    }
+    pthread_mutex_lock(&lm_engine.lock);
+    region->tasks++; /* as a resolver does it */
+    pthread_mutex_unlock(&lm_engine.lock);
+    pthread_mutex_unlock(&lm_engine.lifecycle);
+    for (i = 0; i < 1000; i++) {
+        CHECK(lm_engine_region_count() == 1); /* takes lifecycle */
+        sched_yield();
+    }
+    pthread_mutex_lock(&lm_engine.lock);
+    CHECK(!region->closed);
+    region->tasks--;
+    pthread_cond_broadcast(&lm_engine.progress);
+    pthread_mutex_unlock(&lm_engine.lock);
+    pthread_join(closer, NULL);
+    CHECK(region->closed);
+    lm_region_free(region);
+}
+
 static void test_failed_chunk_is_named_and_heals(void)
 {
     uint64_t cursor = 0, failed = 0;
@@ -431,6 +465,7 @@ int main(int argc, char **argv)
     for (composed = 0; composed < 2; composed++) {
         test_threads_read_right_bytes();
         test_close_while_a_prefetch_waits();
+        test_close_waits_for_work_that_is_made_late();
         test_failed_chunk_is_named_and_heals();
         test_pages_given_back_come_again();
         test_eviction_races_touches();
