@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include "arena.h"
@@ -548,14 +547,8 @@ static int map_memory(void)
 
 static bool send_message(const lm_ask *ask, const void *payload, size_t length)
 {
-    struct iovec parts[2] = { { .iov_base = (void *)ask, .iov_len = sizeof *ask },
-                              { .iov_base = (void *)payload, .iov_len = length } };
-    struct msghdr header = { .msg_iov = parts, .msg_iovlen = length > 0 ? 2 : 1 };
-    ssize_t sent;
+    int sent = lm_sys_send(fetch.socket, ask, sizeof *ask, payload, length);
 
-    do {
-        sent = sendmsg(fetch.socket, &header, MSG_DONTWAIT | MSG_NOSIGNAL);
-    } while (sent < 0 && errno == EINTR);
     if (sent < 0)
         courier.blocked = true; /* full; or dead, of which recv tells */
     return sent >= 0;
@@ -570,8 +563,9 @@ static int start_fetcher(void)
         return error;
     if (fetch.command.argv == NULL)
         return -ENOENT;
-    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
-        return -errno;
+    error = lm_sys_socket_pair(pair);
+    if (error < 0)
+        return error;
     error = lm_spawn(&fetch.command, pair[1], courier.memory_fd, &courier.process);
     lm_sys_close(pair[1]);
     if (error < 0) {
@@ -599,7 +593,7 @@ static void lose_fetcher(void)
 
     lm_spawn_kill(&courier.process); /* from here on nobody writes to the memory */
     pthread_mutex_lock(&engine->lock);
-    (void)shutdown(fetch.socket, SHUT_RDWR);
+    lm_sys_shut_down(fetch.socket);
     while (fetch.listening)
         pthread_cond_wait(&fetch.work, &engine->lock);
     lm_sys_close(fetch.socket);
@@ -861,17 +855,14 @@ static void *listen_to(void *argument)
     (void)argument;
     pthread_mutex_lock(&engine->lock);
     for (;;) {
-        ssize_t got;
-        int socket;
+        int socket, got;
 
         while (fetch.socket < 0 || fetch.broken)
             pthread_cond_wait(&fetch.ears, &engine->lock);
         socket = fetch.socket;
         fetch.listening = true;
         pthread_mutex_unlock(&engine->lock);
-        do
-            got = recv(socket, message, sizeof message, 0);
-        while (got < 0 && errno == EINTR);
+        got = lm_sys_receive(socket, message, sizeof message);
         pthread_mutex_lock(&engine->lock);
         fetch.listening = false;
         fetch.broken = got <= 0 || !hear_locked(message, (size_t)got);
