@@ -27,6 +27,7 @@ struct lm_engine lm_engine = {
 };
 
 static struct lm_engine *const engine = &lm_engine;
+static int unprepared; /* why fork is not provided for: then nothing opens, for a child would read zeros */
 
 /* ---- regions by address ---- */
 
@@ -461,7 +462,8 @@ static void init_sync(void)
 
 static int open_poller(void)
 {
-    engine->poller = lm_sys_poller();
+    if (engine->poller < 0)
+        engine->poller = lm_sys_poller();
     if (engine->poller < 0)
         return engine->poller;
     engine->bell = lm_sys_bell();
@@ -499,6 +501,7 @@ static void lose_region(struct lm_region *region, const char *when, int code)
 {
     uint64_t i;
 
+    atomic_store(&region->lost, true);
     for (i = 0; i < region->registered_count; i++)
         (void)lm_sys_protect(region->base + region->registered[i].start,
                              region->registered[i].length, PROT_NONE);
@@ -635,8 +638,12 @@ int lm_engine_acquire_locked(int threads)
 {
     int cpus, error;
 
+    if (unprepared != 0)
+        return unprepared;
     if (engine->users > 0) {
-        error = lm_engine_threads_locked();
+        error = engine->poller < 0 || engine->bell < 0 ? open_poller() : 0; /* the child of a fork had none */
+        if (error == 0)
+            error = lm_engine_threads_locked();
         engine->users += error == 0;
         return error;
     }
@@ -682,10 +689,10 @@ static int open_way(struct lm_uffd *uffd, int way)
             return error;
         if (report.error != 0)
             return -report.error;
+        if ((~report.can & (LM_CAN_COPY | LM_CAN_ZEROPAGE | LM_CAN_WAKE)) != 0)
+            return LM_E_FEATURE; /* or memory was short: the next region asks again */
         probed[way] = report.can;
     }
-    if ((~probed[way] & (LM_CAN_COPY | LM_CAN_ZEROPAGE | LM_CAN_WAKE)) != 0)
-        return LM_E_FEATURE;
     error = lm_uffd_open(way, &fd, &features);
     if (error < 0)
         return error;
@@ -804,7 +811,7 @@ static void revive_region(struct lm_region *region, const int *errors)
 {
     int error;
 
-    region->tasks = region->calls = region->error_count = 0;
+    region->tasks = region->calls = 0; /* not its errors: what failed heals here, too */
     region->closing = false; /* whoever was closing it is not here */
     memset(region->ahead, 0, sizeof region->ahead);
     if (region->backend == LM_BACKEND_EAGER || engine->lost)
@@ -872,5 +879,5 @@ static void after_fork_in_child(void)
 __attribute__((constructor)) static void prepare(void)
 {
     init_sync();
-    (void)pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+    unprepared = -pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 }

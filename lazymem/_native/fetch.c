@@ -38,6 +38,7 @@ static struct {
     int start_error;         /* why the last start failed; 0: it did not */
     uint64_t start_after_ns;
     uint64_t heard_ns, pinged_ns; /* pinged_ns 0: no ping is out */
+    bool hears;              /* there is a listener */
     bool isolated;           /* the descriptors lie in a table of their own */
     bool dirty;              /* pages of the memory have been written since they were given back */
     bool blocked;            /* the socket takes no more for now */
@@ -47,6 +48,7 @@ static struct {
 static struct {
     struct lm_range ranges[LM_RANGES];
     unsigned in_use; /* of them: not free */
+    unsigned high;   /* one above the last that was ever used */
     struct lm_arena arena;
     unsigned char *memory; /* NULL: not mapped yet */
     uint64_t next_id;
@@ -96,6 +98,8 @@ static struct lm_range *take_range_locked(uint32_t kind, uint32_t source, uint32
         range->deadline_ns = now_ns() + (uint64_t)timeout_ms * 1000000u;
         range->id = fetch.next_id++ * LM_RANGES + i;
         fetch.in_use++;
+        if (i >= fetch.high)
+            fetch.high = i + 1;
         return range;
     }
     return NULL;
@@ -554,11 +558,17 @@ static bool send_message(const lm_ask *ask, const void *payload, size_t length)
     return sent >= 0;
 }
 
+static void *listen_to(void *argument);
+
 static int start_fetcher(void)
 {
     lm_ask hello = { .kind = LM_ASK_STATUS };
     int pair[2], error = map_memory();
 
+    if (error == 0 && !courier.hears) { /* by the courier, to be in the same table of descriptors */
+        error = lm_sys_thread_start(&fetch.listener, listen_to, NULL);
+        courier.hears = error == 0;
+    }
     if (error < 0)
         return error;
     if (fetch.command.argv == NULL)
@@ -877,9 +887,6 @@ static void *carry(void *argument)
     (void)argument;
     /* Where this is forbidden the descriptors lie among the application's, and do no harm there. */
     courier.isolated = lm_sys_isolate_descriptor(STDERR_FILENO) == 0;
-    /* In the same table. Should there be no room for a thread now, there will be. */
-    while (lm_sys_thread_start(&fetch.listener, listen_to, NULL) < 0)
-        (void)usleep(LM_BLOCKED_MS * 1000);
     pthread_mutex_lock(&engine->lock);
     for (;;) {
         bool lost, wanted;
@@ -927,13 +934,14 @@ int lm_fetch_after_fork(bool wanted)
 {
     unsigned i;
 
-    fetch.running = fetch.listening = fetch.broken = false;
+    fetch.running = fetch.listening = fetch.broken = courier.hears = false;
     fetch.memory = NULL; /* MADV_DONTFORK: it is not here */
     fetch.pid = 0;
     fetch.in_use = 0;
     fetch.next_id += UINT64_C(1) << 32; /* a call that was under way in the parent means nothing here */
-    for (i = 0; i < LM_RANGES; i++)
+    for (i = 0; i < fetch.high; i++) /* each lies on a page of its own, and this is every fork's time */
         fetch.ranges[i].state = LM_RANGE_FREE;
+    fetch.high = 0;
     lm_arena_clear(&fetch.arena);
     lm_source_untell_all();
     if (!courier.isolated) { /* copies came along; as long as ours is open, the parent's never ends */

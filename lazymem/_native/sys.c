@@ -139,10 +139,13 @@ int lm_sys_userfaultfd(int flags)
 
 int lm_sys_read(int fd, void *buffer, size_t length)
 {
-    ssize_t got = read(fd, buffer, length);
+    ssize_t got;
 
+    do {
+        got = read(fd, buffer, length);
+    } while (got < 0 && errno == EINTR); /* not "nothing now": who polls for edges would not come again */
     if (got < 0)
-        return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+        return errno == EAGAIN ? 0 : -errno;
     return (int)got;
 }
 
@@ -364,14 +367,18 @@ int lm_sys_isolate_descriptor(int keep)
 void lm_sys_write_patiently(int fd, const char *text, size_t length)
 {
     struct pollfd writable = { .fd = fd, .events = POLLOUT };
+    uint64_t until = lm_sys_now_ns() + 100000000u;
 
-    while (length > 0) {
+    while (length > 0 && lm_sys_now_ns() < until) {
+        int ready = poll(&writable, 1, 100);
         ssize_t wrote;
 
-        if (poll(&writable, 1, 100) <= 0 || !(writable.revents & POLLOUT))
+        if (ready < 0 && errno == EINTR)
+            continue;
+        if (ready <= 0 || !(writable.revents & POLLOUT))
             return;
         wrote = write(fd, text, length < PIPE_BUF ? length : PIPE_BUF);
-        if (wrote < 0 && errno != EINTR)
+        if (wrote < 0 && errno != EINTR && errno != EAGAIN) /* others may write to it, too */
             return;
         if (wrote > 0) {
             text += wrote;
