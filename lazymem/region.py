@@ -32,6 +32,7 @@ from . import _native
 from ._native import NativeError, NativeRegion, RegionSpec
 from .catalog import ArrayTables, Catalog, Layout
 from .errors import (
+    OF_CODE,
     BackendUnavailable,
     ChunkCorrupt,
     LazymemError,
@@ -399,6 +400,10 @@ class Region:
     def _translate(self, error: NativeError) -> LazymemError:
         if error.code == _native.E_CLOSED:
             return SnapshotClosed(f"{self.url}: was closed meanwhile; open it again")
+        if error.code == _native.E_LOST:
+            return ReadError(
+                f"{self.url}: {error}, a line on stderr has said why; open it again", url=self.url
+            )
         if error.chunk is None:
             return _cannot_open(self.url, None, error)
         return self._chunk_error(error, error.chunk)
@@ -418,12 +423,8 @@ class Region:
             if isinstance(found, ReadError):
                 found.chunk, found.array = chunk, array
             return found
-        kinds: dict[int, type[ChunkCorrupt] | type[ReadError]] = {
-            _native.E_CHECKSUM: ChunkCorrupt,
-            _native.E_DECODE: ChunkCorrupt,
-            _native.E_RECORD: ChunkCorrupt,
-        }
-        return kinds.get(error.code, ReadError)(
+        corrupt = OF_CODE.get(_native.CODES.get(error.code, "")) is ChunkCorrupt
+        return (ChunkCorrupt if corrupt else ReadError)(
             f"{self.url}: {where} cannot be read: {error}; `lazymem verify` lists all bad chunks",
             url=self.url,
             chunk=chunk,

@@ -53,6 +53,10 @@ _OWN_CODES: Final = {
     lib.LM_E_FETCHER: "the fetcher cannot be started or does not answer",
     lib.LM_E_LOST: "its memory cannot be served any more",
 }
+#: LM_E_* by number, without the prefix.
+CODES: Final[dict[int, str]] = {
+    getattr(lib, name): name.removeprefix("LM_E_") for name in dir(lib) if name.startswith("LM_E_")
+}
 FILTER_PLANES: Final[int] = lib.LM_FILTER_PLANES
 FILTER_FLOAT_PLANES: Final[int] = lib.LM_FILTER_FLOAT_PLANES
 CHUNK_UNCHECKED: Final[int] = lib.LM_CHUNK_UNCHECKED
