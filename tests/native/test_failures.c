@@ -110,6 +110,7 @@ static void make_source(void)
             bytes[j] = byte_of(i * CHUNK + j);
         records[i] = (lm_chunk_record){ .offset = i * CHUNK, .stored_length = CHUNK };
         records[i].codec = i == 1 ? LM_CODEC_ZSTD : LM_CODEC_RAW;
+        records[i].flags = i == 2 ? LM_CHUNK_UNCHECKED : 0; /* its file's time is looked at */
         records[i].checksum = lm_codec_checksum(bytes, CHUNK);
         CHECK(pwrite(source, bytes, CHUNK, i * CHUNK) == CHUNK);
     }
