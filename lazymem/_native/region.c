@@ -207,10 +207,14 @@ static int duplicate_sources(struct lm_region *region, const lm_region_spec *spe
 
 int lm_region_check_source(const struct lm_region *region, const lm_chunk_record *record)
 {
-    if (!(record->flags & LM_CHUNK_UNCHECKED) ||
-        lm_sys_written_ns(region->fds[record->source]) == region->written_ns[record->source])
+    int64_t written_ns;
+
+    if (!(record->flags & LM_CHUNK_UNCHECKED))
         return 0;
-    return LM_E_CHANGED;
+    written_ns = lm_sys_written_ns(region->fds[record->source]);
+    if (written_ns < 0)
+        return (int)written_ns;
+    return written_ns == region->written_ns[record->source] ? 0 : LM_E_CHANGED;
 }
 
 /* COPY, unless the caller asks: MOVE must have both sides writable, so mode "r" would rest on numpy's
