@@ -3,12 +3,15 @@
 
 Each class is ours *and* the builtin a caller would already be catching, carries what was found as
 attributes, and ends its sentence with what to do. This module imports nothing of lazymem.
+`EXPLANATIONS` is the one table of all of them; it follows here, and stands in the README.
+
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final, NamedTuple
 
 
 class LazymemError(Exception):
@@ -133,3 +136,78 @@ class BuildError(LazymemError, OSError):
 
 class OptionError(LazymemError, ValueError):
     """An option or environment variable has a value that lazymem does not accept."""
+
+
+class Explanation(NamedTuple):
+    """One row of the table. codes: the failures of the C core (LM_E_* of lazymem.h) that end in `kind`."""
+
+    kind: type[LazymemError]
+    cause: str
+    remedy: str
+    codes: tuple[str, ...] = ()
+
+
+#: Every error, what it comes of and what to do; in Markdown.
+EXPLANATIONS: Final = (
+    Explanation(SnapshotNotFound, "no such path, bucket or key", "check it", ("GONE",)),
+    Explanation(
+        AccessDenied, "no right to read or write it; no credentials, wrong or expired ones",
+        "as the message says", ("DENIED",),
+    ),
+    Explanation(
+        FormatError,
+        "the file breaks its format, or is called `.lzm` and is no snapshot; names file and field",
+        "get the file again",
+    ),
+    Explanation(
+        UnsupportedFormat,
+        "a newer version, an unknown feature, a compressed npz in place, "
+        "a pickle that wants more than tensors",
+        "as the message says",
+    ),
+    Explanation(
+        ChunkCorrupt, "stored bytes do not match their checksum", "`lazymem verify`, copy the file again",
+        ("CHECKSUM", "DECODE", "RECORD"),
+    ),
+    Explanation(
+        ReadError,
+        "I/O error, short file, no descriptors, no threads; a store that does not deliver within `timeout`; "
+        "memory that a fork or closed descriptors have made unreachable",
+        "as the message says", ("SHORT", "CODEC", "STORE", "FETCHER", "LOST"),
+    ),
+    Explanation(
+        SnapshotChanged, "the file or object was changed while open, or after it was pickled",
+        "open it again", ("CHANGED",),
+    ),
+    Explanation(SnapshotClosed, "used after `close()`", "open it again", ("CLOSED",)),
+    Explanation(ArrayNotFound, "no array of that name", "`lazymem ls`"),
+    Explanation(UnsupportedDtype, "object arrays and the like", "convert"),
+    Explanation(
+        BackendUnavailable, "the way asked for is not to be had", "`lazymem doctor`", ("FEATURE",)
+    ),
+    Explanation(
+        OutOfMemory, "no address space, no memory for tables or threads",
+        "`ulimit -v`, `vm.max_map_count`",
+    ),
+    Explanation(
+        BuildError, "the file cannot be written, or may not be replaced; nothing is left behind",
+        "as the message says",
+    ),
+    Explanation(OptionError, "an option's value", "as the message says", ("OPTION",)),
+)  # fmt: skip
+
+#: What a failure of the core is raised as, by its name without LM_E_. FULL is waited for, not raised.
+OF_CODE: Final[Mapping[str, type[LazymemError]]] = {
+    code: explanation.kind for explanation in EXPLANATIONS for code in explanation.codes
+}
+
+
+def table() -> str:
+    """`EXPLANATIONS` in Markdown."""
+    rows = ["| error | also a | cause | what to do |", "|---|---|---|---|"]
+    for kind, cause, remedy, _ in EXPLANATIONS:
+        rows.append(f"| `{kind.__name__}` | {kind.__bases__[-1].__name__} | {cause} | {remedy} |")
+    return "\n".join(rows)
+
+
+__doc__ = f"{__doc__}{table()}\n"

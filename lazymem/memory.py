@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 from . import _native
 from ._native import NativeError, NativeRegion
 from .catalog import Catalog, Layout
-from .errors import ChunkCorrupt, LazymemError, OutOfMemory, ReadError, SnapshotChanged, SnapshotClosed
+from .errors import (
+    OF_CODE,
+    ChunkCorrupt,
+    LazymemError,
+    OutOfMemory,
+    ReadError,
+    SnapshotChanged,
+    SnapshotClosed,
+)
 from .fetcher.client import store_error
 from .options import MIB
 from .store.base import Blob
@@ -261,6 +269,10 @@ class Memory:
     def _translate(self, error: NativeError) -> LazymemError:
         if error.code == _native.E_CLOSED:
             return SnapshotClosed(f"{self.url}: was closed meanwhile; open it again")
+        if error.code == _native.E_LOST:
+            return ReadError(
+                f"{self.url}: {error}, a line on stderr has said why; open it again", url=self.url
+            )
         if error.chunk is None:
             return cannot_open(self.url, None, error)
         return self._chunk_error(error, error.chunk)
@@ -280,12 +292,8 @@ class Memory:
             if isinstance(found, ReadError):
                 found.chunk, found.array = chunk, array
             return found
-        kinds: dict[int, type[ChunkCorrupt] | type[ReadError]] = {
-            _native.E_CHECKSUM: ChunkCorrupt,
-            _native.E_DECODE: ChunkCorrupt,
-            _native.E_RECORD: ChunkCorrupt,
-        }
-        return kinds.get(error.code, ReadError)(
+        corrupt = OF_CODE.get(_native.CODES.get(error.code, "")) is ChunkCorrupt
+        return (ChunkCorrupt if corrupt else ReadError)(
             f"{self.url}: {where} cannot be read: {error}; `lazymem verify` lists all bad chunks",
             url=self.url,
             chunk=chunk,

@@ -151,6 +151,19 @@ def test_c_leaves_do_not_know_one_another() -> None:
         )
 
 
+def test_only_sys_and_spawn_call_the_operating_system() -> None:
+    """test_native.py looks at what they link to, too."""
+    calls = re.compile(
+        r"(?<![\w.>])(mmap|munmap|mprotect|madvise|mremap|mincore|ioctl|open|close|p?read|p?write|syscall|fcntl"
+        r"|epoll_\w+|eventfd|socketpair|recv|sendmsg|poll|clone|fork|execve|kill|pthread_create|sigaction)\("
+    )
+    for path in (ROOT / "_native").glob("*.c"):
+        if path.name in {"sys.c", "spawn.c", "_core.c"}:
+            continue
+        text = re.sub(r"/\*.*?\*/|\"(\\.|[^\"])*\"(?!\s*$)", "", path.read_text("utf-8"), flags=re.S)
+        assert not calls.findall(text), path.name
+
+
 def test_c_core_never_knows_python() -> None:
     sources = [p for p in (ROOT / "_native").glob("*.[ch]") if p.name != "_core.c"]
     assert len(sources) > 10

@@ -51,6 +51,11 @@ _OWN_CODES: Final = {
     lib.LM_E_CHANGED: "the object was replaced after it was opened",
     lib.LM_E_OPTION: "the URL or an option cannot be right",
     lib.LM_E_FETCHER: "the fetcher cannot be started or does not answer",
+    lib.LM_E_LOST: "its memory cannot be served any more",
+}
+#: LM_E_* by number, without the prefix.
+CODES: Final[dict[int, str]] = {
+    getattr(lib, name): name.removeprefix("LM_E_") for name in dir(lib) if name.startswith("LM_E_")
 }
 FILTER_PLANES: Final[int] = lib.LM_FILTER_PLANES
 FILTER_FLOAT_PLANES: Final[int] = lib.LM_FILTER_FLOAT_PLANES
@@ -82,6 +87,7 @@ E_CHANGED: Final[int] = lib.LM_E_CHANGED
 E_OPTION: Final[int] = lib.LM_E_OPTION
 E_FETCHER: Final[int] = lib.LM_E_FETCHER
 E_FULL: Final[int] = lib.LM_E_FULL
+E_LOST: Final[int] = lib.LM_E_LOST
 
 
 class Message:

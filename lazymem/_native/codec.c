@@ -78,6 +78,10 @@ int lm_decoder_new(lm_decoder **ret_decoder)
     /* Here, in the caller's thread, and not at the first zstd chunk: it takes memory from malloc. */
     if (create != NULL)
         decoder->zstd = create();
+    if (create != NULL && decoder->zstd == NULL) {
+        lm_sys_free(memory, sizeof *decoder);
+        return -ENOMEM;
+    }
     *ret_decoder = decoder;
     return 0;
 }

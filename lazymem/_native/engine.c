@@ -7,12 +7,9 @@
 #include "engine.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include "fetch.h"
 #include "sys.h"
@@ -30,6 +27,7 @@
 struct lm_engine lm_engine;
 
 static struct lm_engine *const engine = &lm_engine;
+static int unprepared; /* why fork is not provided for: then nothing opens, for a child would read zeros */
 
 /* ---- regions by address ---- */
 
@@ -123,14 +121,6 @@ uint64_t lm_engine_region_count(void)
 }
 
 /* ---- fault -> chunk ---- */
-
-static void ring(unsigned times)
-{
-    uint64_t value = times;
-
-    while (write(engine->bell, &value, sizeof value) < 0 && errno == EINTR)
-        ;
-}
 
 bool lm_engine_by_courier(const struct lm_region *region)
 {
@@ -312,7 +302,7 @@ static void intake(int fd)
         pthread_mutex_unlock(&engine->lock);
     } while (count == LM_MESSAGES); /* the poller reports an edge: leave nothing behind */
     if (queued > 1)
-        ring(queued - 1);
+        lm_sys_ring(engine->bell, queued - 1);
 }
 
 /* ---- workers ---- */
@@ -386,25 +376,27 @@ static bool is_stopping(void)
 static void *resolve(void *argument)
 {
     struct lm_worker *worker = argument;
-    struct epoll_event event;
     struct lm_task task;
     uint64_t one;
+    uint32_t tag;
+    int ready;
 
     for (;;) {
         while (take(&task, false))
             run(worker, &task);
         if (is_stopping())
             return NULL;
-        if (epoll_wait(engine->poller, &event, 1, -1) < 1) {
-            if (errno == EINTR)
-                continue;
+        ready = lm_sys_await(engine->poller, &tag);
+        if (ready < 0) {
             lm_engine_note_lost();
             return NULL;
         }
-        if (event.data.u32 == LM_BELL)
-            (void)!read(engine->bell, &one, sizeof one); /* somebody else may have taken it */
+        if (ready == 0)
+            continue;
+        if (tag == LM_BELL)
+            (void)lm_sys_read(engine->bell, &one, sizeof one); /* somebody else may have taken it */
         else
-            intake(engine->uffds[event.data.u32].fd);
+            intake(engine->uffds[tag].fd);
     }
 }
 
@@ -476,22 +468,16 @@ static void init_sync(void)
     pthread_condattr_destroy(&clock);
 }
 
-static int watch(int fd, uint32_t events, uint32_t tag)
-{
-    struct epoll_event event = { .events = events, .data.u32 = tag };
-
-    return epoll_ctl(engine->poller, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
-}
-
 static int open_poller(void)
 {
-    engine->poller = epoll_create1(EPOLL_CLOEXEC);
     if (engine->poller < 0)
-        return -errno;
-    engine->bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE);
+        engine->poller = lm_sys_poller();
+    if (engine->poller < 0)
+        return engine->poller;
+    engine->bell = lm_sys_bell();
     if (engine->bell < 0)
-        return -errno;
-    return watch(engine->bell, EPOLLIN, LM_BELL);
+        return engine->bell;
+    return lm_sys_watch(engine->poller, engine->bell, EPOLLIN, LM_BELL);
 }
 
 static void close_descriptors(void)
@@ -523,6 +509,7 @@ static void lose_region(struct lm_region *region, const char *when, int code)
 {
     uint64_t i;
 
+    atomic_store(&region->lost, true);
     for (i = 0; i < region->registered_count; i++)
         (void)lm_sys_protect(region->base + region->registered[i].start,
                              region->registered[i].length, PROT_NONE);
@@ -655,7 +642,7 @@ static void stop(void)
     pthread_cond_broadcast(&engine->end);
     pthread_mutex_unlock(&engine->lock);
     if (engine->bell >= 0 && !engine->lost)
-        ring(LM_MAX_RESOLVERS);
+        lm_sys_ring(engine->bell, LM_MAX_RESOLVERS);
     for (i = 0; i < LM_UFFD_COUNT; i++)
         if (engine->uffds[i].kept)
             pthread_join(engine->uffds[i].keeper, NULL);
@@ -679,8 +666,12 @@ int lm_engine_acquire_locked(int threads)
 {
     int cpus, error;
 
+    if (unprepared != 0)
+        return unprepared;
     if (engine->users > 0) {
-        error = lm_engine_threads_locked();
+        error = engine->poller < 0 || engine->bell < 0 ? open_poller() : 0; /* the child of a fork had none */
+        if (error == 0)
+            error = lm_engine_threads_locked();
         engine->users += error == 0;
         return error;
     }
@@ -726,10 +717,10 @@ static int open_way(struct lm_uffd *uffd, int way)
             return error;
         if (report.error != 0)
             return -report.error;
+        if ((~report.can & (LM_CAN_COPY | LM_CAN_ZEROPAGE | LM_CAN_WAKE)) != 0)
+            return LM_E_FEATURE; /* or memory was short: the next region asks again */
         probed[way] = report.can;
     }
-    if ((~probed[way] & (LM_CAN_COPY | LM_CAN_ZEROPAGE | LM_CAN_WAKE)) != 0)
-        return LM_E_FEATURE;
     error = lm_uffd_open(way, &fd, &features);
     if (error < 0)
         return error;
@@ -746,7 +737,7 @@ static int open_uffd_by(int index, int way)
 
     if (error < 0)
         return error;
-    error = watch(uffd->fd, EPOLLIN | EPOLLET, (uint32_t)index);
+    error = lm_sys_watch(engine->poller, uffd->fd, EPOLLIN | EPOLLET, (uint32_t)index);
     uffd->holds = false;
     if (error == 0)
         error = lm_sys_thread_start(&uffd->keeper, keep, uffd);
@@ -857,7 +848,7 @@ static void revive_region(struct lm_region *region, const int *errors)
 {
     int error;
 
-    region->tasks = region->calls = region->touching = region->error_count = 0;
+    region->tasks = region->calls = region->touching = 0; /* not its errors: what failed heals here, too */
     region->closing = region->leaving = false; /* whoever was closing it is not here */
     memset(region->ahead, 0, sizeof region->ahead);
     if (region->backend == LM_BACKEND_EAGER || engine->lost)
@@ -960,5 +951,5 @@ __attribute__((constructor)) static void prepare(void)
         engine->uffds[i].fd = -1;
     lm_fetch_prepare();
     init_sync();
-    (void)pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+    unprepared = -pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 }

@@ -64,6 +64,7 @@ struct lm_region {
     struct lm_extent *registered;
     uint64_t registered_count;
 
+    _Atomic bool lost;    /* its memory is inaccessible for good (lose_region) */
     _Atomic bool guarded; /* some chunk was poisoned by PROT_NONE, for want of UFFDIO_POISON */
 
     bool remote; /* `sources` are used, and not `fds` */

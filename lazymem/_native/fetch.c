@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include "arena.h"
@@ -39,6 +38,7 @@ static struct {
     int start_error;         /* why the last start failed; 0: it did not */
     uint64_t start_after_ns;
     uint64_t heard_ns, pinged_ns; /* pinged_ns 0: no ping is out */
+    bool hears;              /* there is a listener */
     bool isolated;           /* the descriptors lie in a table of their own */
     bool dirty;              /* pages of the memory have been written since they were given back */
     bool blocked;            /* the socket takes no more for now */
@@ -100,6 +100,8 @@ static struct lm_range *take_range_locked(uint32_t kind, uint32_t source, uint32
         range->deadline_ns = now_ns() + (uint64_t)timeout_ms * 1000000u;
         range->id = fetch.next_id++ * LM_RANGES + i;
         fetch.in_use++;
+        if (i >= fetch.high)
+            fetch.high = i + 1;
         return range;
     }
     return NULL;
@@ -551,30 +553,31 @@ static int map_memory(void)
 
 static bool send_message(const lm_ask *ask, const void *payload, size_t length)
 {
-    struct iovec parts[2] = { { .iov_base = (void *)ask, .iov_len = sizeof *ask },
-                              { .iov_base = (void *)payload, .iov_len = length } };
-    struct msghdr header = { .msg_iov = parts, .msg_iovlen = length > 0 ? 2 : 1 };
-    ssize_t sent;
+    int sent = lm_sys_send(fetch.socket, ask, sizeof *ask, payload, length);
 
-    do {
-        sent = sendmsg(fetch.socket, &header, MSG_DONTWAIT | MSG_NOSIGNAL);
-    } while (sent < 0 && errno == EINTR);
     if (sent < 0)
         courier.blocked = true; /* full; or dead, of which recv tells */
     return sent >= 0;
 }
+
+static void *listen_to(void *argument);
 
 static int start_fetcher(void)
 {
     lm_ask hello = { .kind = LM_ASK_STATUS };
     int pair[2], error = map_memory();
 
+    if (error == 0 && !courier.hears) { /* by the courier, to be in the same table of descriptors */
+        error = lm_sys_thread_start(&fetch.listener, listen_to, NULL);
+        courier.hears = error == 0;
+    }
     if (error < 0)
         return error;
     if (fetch.command.argv == NULL)
         return -ENOENT;
-    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
-        return -errno;
+    error = lm_sys_socket_pair(pair);
+    if (error < 0)
+        return error;
     error = lm_spawn(&fetch.command, pair[1], courier.memory_fd, &courier.process);
     lm_sys_close(pair[1]);
     if (error < 0) {
@@ -602,7 +605,7 @@ static void lose_fetcher(void)
 
     lm_spawn_kill(&courier.process); /* from here on nobody writes to the memory */
     pthread_mutex_lock(&engine->lock);
-    (void)shutdown(fetch.socket, SHUT_RDWR);
+    lm_sys_shut_down(fetch.socket);
     while (fetch.listening)
         pthread_cond_wait(&fetch.work, &engine->lock);
     lm_sys_close(fetch.socket);
@@ -864,17 +867,14 @@ static void *listen_to(void *argument)
     (void)argument;
     pthread_mutex_lock(&engine->lock);
     for (;;) {
-        ssize_t got;
-        int socket;
+        int socket, got;
 
         while (fetch.socket < 0 || fetch.broken)
             pthread_cond_wait(&fetch.ears, &engine->lock);
         socket = fetch.socket;
         fetch.listening = true;
         pthread_mutex_unlock(&engine->lock);
-        do
-            got = recv(socket, message, sizeof message, 0);
-        while (got < 0 && errno == EINTR);
+        got = lm_sys_receive(socket, message, sizeof message);
         pthread_mutex_lock(&engine->lock);
         fetch.listening = false;
         fetch.broken = got <= 0 || !hear_locked(message, (size_t)got);
@@ -889,9 +889,6 @@ static void *carry(void *argument)
     (void)argument;
     /* Where this is forbidden the descriptors lie among the application's, and do no harm there. */
     courier.isolated = lm_sys_isolate_descriptor(STDERR_FILENO) == 0;
-    /* In the same table. Should there be no room for a thread now, there will be. */
-    while (lm_sys_thread_start(&fetch.listener, listen_to, NULL) < 0)
-        (void)usleep(LM_BLOCKED_MS * 1000);
     pthread_mutex_lock(&engine->lock);
     for (;;) {
         bool lost, wanted;
@@ -945,13 +942,14 @@ int lm_fetch_after_fork(bool wanted)
 {
     unsigned i;
 
-    fetch.running = fetch.listening = fetch.broken = false;
+    fetch.running = fetch.listening = fetch.broken = courier.hears = false;
     fetch.memory = NULL; /* MADV_DONTFORK: it is not here */
     fetch.pid = 0;
     fetch.in_use = 0;
     fetch.next_id += UINT64_C(1) << 32; /* a call that was under way in the parent means nothing here */
     for (i = 0; i < fetch.high; i++) /* each touched here is a page that the fork has to copy */
         fetch.ranges[i].state = LM_RANGE_FREE;
+    fetch.high = 0;
     lm_arena_clear(&fetch.arena);
     lm_source_untell_all();
     if (!courier.isolated) { /* copies came along; as long as ours is open, the parent's never ends */

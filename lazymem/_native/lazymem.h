@@ -37,6 +37,7 @@
 #define LM_E_CHANGED    -1012 /* the object was replaced after it was opened */
 #define LM_E_OPTION     -1013 /* the URL or an option cannot be right */
 #define LM_E_FETCHER    -1014 /* the fetcher cannot be started, or does not answer */
+#define LM_E_LOST       -1015 /* no thread of ours serves the memory any more: it was made inaccessible */
 
 /* ---- chunks ---- */
 #define LM_CODEC_RAW    0
@@ -346,7 +347,7 @@ int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeou
 /* What is known of the last failure of a chunk beyond its code: a sentence of the store's, or "". */
 int lm_region_error_text(lm_region *region, uint64_t chunk, char *out, size_t length);
 /* Give the pages of populated chunks back; a later touch populates them again. What was written to them in
- * mode "c" is lost. */
+ * mode "c" is lost. Chunks that the kernel does not take back, as of locked memory, stay as they are. */
 int lm_region_evict(lm_region *region, uint64_t first, uint64_t count);
 /* memcpy out of the region; the caller has populated the range. */
 int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length);

@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "codec.h"
 #include "compose.h"
@@ -21,6 +22,7 @@
 #include "sys.h"
 #include "uffd.h"
 
+#define LM_POISON_ATTEMPTS 100 /* a second; then all of it is tried again, the line included */
 #define LM_FETCH_ATTEMPTS 3 /* to bring bytes that match their checksum; the fetcher's own come on top */
 
 int lm_worker_init(struct lm_worker *worker)
@@ -146,23 +148,24 @@ static void wake(struct lm_region *region, unsigned char *at, size_t length)
 }
 
 /* Make every missing page of the chunk raise a signal in whoever touches it. */
-static void poison(struct lm_region *region, unsigned char *at)
+static int poison(struct lm_region *region, unsigned char *at)
 {
     size_t length = (size_t)1 << region->table.chunk_shift;
     const struct lm_uffd *uffd = &lm_engine.uffds[region->uffd];
 
     if ((uffd->can & LM_CAN_POISON) && lm_uffd_poison(uffd->fd, (uintptr_t)at, length) == 0)
-        return;
-    /* Kernels before 6.6: SIGSEGV in place of SIGBUS, but never zeros. */
+        return 0;
+    /* Kernels before 6.6, and no memory for it: SIGSEGV in place of SIGBUS, but never zeros. */
     atomic_store(&region->guarded, true);
-    (void)lm_sys_protect(at, length, PROT_NONE);
+    return lm_sys_protect(at, length, PROT_NONE);
 }
 
 /* Undo the second way of poison(), before pages that are about to be right become reachable. */
-static void heal(struct lm_region *region, unsigned char *at)
+static int heal(struct lm_region *region, unsigned char *at)
 {
-    if (atomic_load(&region->guarded))
-        (void)lm_sys_protect(at, (size_t)1 << region->table.chunk_shift, region->prot);
+    if (!atomic_load(&region->guarded))
+        return 0;
+    return lm_sys_protect(at, (size_t)1 << region->table.chunk_shift, region->prot);
 }
 
 static void record_error(struct lm_region *region, uint64_t chunk, int code, const char *text)
@@ -179,6 +182,7 @@ static void settle_failure(const struct lm_task *task, int code, const char *tex
     struct lm_region *region = task->region;
     uint64_t chunk = task->chunk;
     unsigned char *at = region->base + (chunk << region->table.chunk_shift);
+    int error, attempt;
 
     record_error(region, chunk, code, text);
     if (region->backend == LM_BACKEND_EAGER) {
@@ -189,8 +193,10 @@ static void settle_failure(const struct lm_task *task, int code, const char *tex
         return; /* nobody has touched it */
     /* The line comes first: the signal may end the process. */
     lm_report_failed_touch(region, chunk, code, text);
-    poison(region, at);
-    lm_table_publish(&region->table, chunk, LM_STATE_POISONED);
+    /* Without memory even for that, as a touch of any memory would, it waits for some. */
+    for (attempt = 0; (error = poison(region, at)) < 0 && attempt < LM_POISON_ATTEMPTS; attempt++)
+        (void)usleep(10000);
+    lm_table_publish(&region->table, chunk, error < 0 ? LM_STATE_ABSENT : LM_STATE_POISONED);
     wake(region, at, (size_t)1 << region->table.chunk_shift);
 }
 
@@ -246,9 +252,10 @@ static int prepare(struct lm_worker *worker, const struct lm_task *task, const u
 
 static int install_any(struct lm_region *region, unsigned char *at, const unsigned char *bytes, bool by_move)
 {
-    int error;
+    int error = heal(region, at);
 
-    heal(region, at);
+    if (error < 0)
+        return error;
     error = bytes == NULL ? install_zeros(region, at) : install(region, at, bytes, by_move);
     if (error == -EBADF || error == -ENOTTY)
         lm_engine_note_lost();

@@ -240,18 +240,24 @@ static int duplicate_sources(struct lm_region *region, const lm_region_spec *spe
 
         if (fd < 0)
             return fd;
+        region->fds[region->source_count] = fd;
         region->written_ns[region->source_count] = lm_sys_written_ns(fd);
-        region->fds[region->source_count++] = fd;
+        if (region->written_ns[region->source_count++] < 0)
+            return (int)region->written_ns[i];
     }
     return 0;
 }
 
 int lm_region_check_source(const struct lm_region *region, const lm_chunk_record *record)
 {
-    if (!(record->flags & LM_CHUNK_UNCHECKED) ||
-        lm_sys_written_ns(region->fds[record->source]) == region->written_ns[record->source])
+    int64_t written_ns;
+
+    if (!(record->flags & LM_CHUNK_UNCHECKED))
         return 0;
-    return LM_E_CHANGED;
+    written_ns = lm_sys_written_ns(region->fds[record->source]);
+    if (written_ns < 0)
+        return (int)written_ns;
+    return written_ns == region->written_ns[record->source] ? 0 : LM_E_CHANGED;
 }
 
 /* COPY, unless the caller asks: MOVE must have both sides writable, so mode "r" would rest on numpy's
@@ -470,6 +476,16 @@ static int leave_as(struct lm_region *region, bool touches, int result)
 static int enter(struct lm_region *region) { return enter_as(region, false); }
 static int leave(struct lm_region *region, int result) { return leave_as(region, false, result); }
 
+/* What needs the memory. */
+static int enter_memory_as(struct lm_region *region, bool touches)
+{
+    int error = enter_as(region, touches);
+
+    return error == 0 && atomic_load(&region->lost) ? leave_as(region, touches, LM_E_LOST) : error;
+}
+
+static int enter_memory(struct lm_region *region) { return enter_memory_as(region, false); }
+
 static void drop_queued_locked(struct lm_region *region)
 {
     lm_queue_drop_spans(&lm_engine.queue, region);
@@ -658,6 +674,21 @@ static int map_prefetch(lm_region *region, uint64_t first, uint64_t count)
                          MADV_WILLNEED);
 }
 
+static void reset_chunk(struct lm_region *region, uint64_t chunk)
+{
+    size_t size = (size_t)1 << region->table.chunk_shift;
+    unsigned char *at = region->base + (chunk << region->table.chunk_shift);
+    bool poisoned = lm_table_state(&region->table, chunk) == LM_STATE_POISONED;
+
+    lm_table_reset(&region->table, chunk);
+    if (!poisoned || region->backend == LM_BACKEND_EAGER || lm_table_record(&region->table, chunk) != NULL)
+        return;
+    /* Nobody populates zeros ahead of need, so nothing else would take the poison away. */
+    if (atomic_load(&region->guarded))
+        (void)lm_sys_protect(at, size, region->prot);
+    (void)lm_sys_advise(at, size, MADV_DONTNEED);
+}
+
 /* What failed is asked for again, and so may heal. */
 static void reset_failed_locked(struct lm_region *region, uint64_t first, uint64_t end)
 {
@@ -665,12 +696,12 @@ static void reset_failed_locked(struct lm_region *region, uint64_t first, uint64
 
     if (region->error_count > LM_ERROR_SLOTS) { /* more than are remembered: look everywhere */
         for (i = first; i < end; i++)
-            lm_table_reset(&region->table, i);
+            reset_chunk(region, i);
         return;
     }
     for (i = 0; i < region->error_count; i++)
         if (region->errors[i].chunk >= first && region->errors[i].chunk < end)
-            lm_table_reset(&region->table, region->errors[i].chunk);
+            reset_chunk(region, region->errors[i].chunk);
 }
 
 /* Together, so that whoever takes from the queue begins with the first. */
@@ -711,7 +742,7 @@ int lm_region_prefetch_spans(lm_region *region, const lm_chunk_span *spans, int 
     for (i = 0; i < count; i++)
         if (spans[i].first > chunks || spans[i].count > chunks - spans[i].first)
             return -EINVAL;
-    error = enter(region);
+    error = enter_memory(region);
     if (error < 0)
         return error;
     if (region->backend != LM_BACKEND_MAP)
@@ -759,7 +790,7 @@ static int find_error_locked(const struct lm_region *region, uint64_t chunk)
 {
     int slot = find_slot_locked(region, chunk);
 
-    return slot < 0 ? -EIO : region->errors[slot].code;
+    return slot < 0 || region->errors[slot].code == 0 ? -EIO : region->errors[slot].code;
 }
 
 int lm_region_error_text(lm_region *region, uint64_t chunk, char *out, size_t length)
@@ -834,7 +865,7 @@ int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeou
 
     if (first > chunks || count > chunks - first || *cursor < first)
         return -EINVAL;
-    error = enter(region);
+    error = enter_memory(region);
     if (error < 0)
         return error;
     if (region->backend == LM_BACKEND_MAP)
@@ -842,7 +873,9 @@ int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeou
     lm_sys_deadline(timeout_ms, &deadline);
     pthread_mutex_lock(&lm_engine.lock);
     for (;;) {
-        result = region->closing ? LM_E_CLOSED : scan_locked(region, first + count, cursor, ret_chunk);
+        result = region->closing              ? LM_E_CLOSED
+                 : atomic_load(&region->lost) ? LM_E_LOST
+                                              : scan_locked(region, first + count, cursor, ret_chunk);
         if (result != 0 || late != 0)
             break;
         late = lm_engine_wait_locked(&lm_signals_before, &deadline);
@@ -857,11 +890,13 @@ static void evict_chunk(struct lm_region *region, uint64_t chunk)
     LM_HOLD_SIGNALS;
     size_t size = (size_t)1 << region->table.chunk_shift;
     unsigned char *at = region->base + (chunk << region->table.chunk_shift);
+    int error;
 
     if (lm_table_record(&region->table, chunk) == NULL || !lm_table_evict(&region->table, chunk))
         return;
-    (void)lm_sys_advise(at, size, MADV_DONTNEED);
-    lm_table_publish(&region->table, chunk, LM_STATE_ABSENT);
+    /* Memory that the application has locked stays. */
+    error = lm_sys_advise(at, size, MADV_DONTNEED);
+    lm_table_publish(&region->table, chunk, error < 0 ? LM_STATE_PRESENT : LM_STATE_ABSENT);
     /* Whoever touched it meanwhile was told to wait for its owner. */
     (void)lm_uffd_wake(lm_engine.uffds[region->uffd].fd, (uintptr_t)at, size);
 }
@@ -883,7 +918,7 @@ int lm_region_evict(lm_region *region, uint64_t first, uint64_t count)
 
     if (first > chunks || count > chunks - first)
         return -EINVAL;
-    error = enter(region);
+    error = enter_memory(region);
     if (error < 0 || region->backend == LM_BACKEND_EAGER || count == 0)
         return error < 0 ? error : leave(region, 0);
     if (region->backend == LM_BACKEND_MAP) {
@@ -904,7 +939,7 @@ int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length)
 
     if (offset > region->size || length > region->size - offset)
         return -EINVAL;
-    error = enter_as(region, true);
+    error = enter_memory_as(region, true);
     if (error < 0)
         return error;
     memcpy(out, region->base + offset, length);
@@ -918,7 +953,7 @@ int lm_region_touch(lm_region *region, uint64_t offset, size_t length)
 
     if (offset > region->size || length > region->size - offset)
         return -EINVAL;
-    error = enter_as(region, true);
+    error = enter_memory_as(region, true);
     if (error < 0)
         return error;
     for (at = 0; at < length; at += page - ((offset + at) & (page - 1)))

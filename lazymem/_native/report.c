@@ -23,6 +23,7 @@ static const char *cause(int code, char *buffer, size_t length)
     case LM_E_GONE: return "nothing lies under the URL any more";
     case LM_E_DENIED: return "the store refuses access";
     case LM_E_CHANGED: return "the object was replaced after it was opened";
+    case LM_E_LOST: return "its memory cannot be served any more";
     case LM_E_FETCHER: return "the fetcher does not answer";
     default:
         /* Not strerror: this one has no translation catalogue, hence no allocation. */

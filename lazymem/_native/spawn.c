@@ -88,6 +88,8 @@ LM_BORROWED_STACK static int give_descriptors(const struct order *order)
         return -errno;
     if (null < LM_SPAWN_HIGH)
         null = fcntl(null, F_DUPFD, LM_SPAWN_HIGH);
+    if (null < 0)
+        return -errno;
     error = place(null, STDIN_FILENO);
     if (error == 0)
         error = place(null, STDOUT_FILENO);
@@ -172,8 +174,8 @@ void lm_spawn_kill(struct lm_process *process)
     if (process->handle >= 0) {
         (void)syscall(SYS_pidfd_send_signal, process->handle, SIGKILL, NULL, 0u);
         /* For as long as it takes: a hang is better than bytes that change after they were checked. */
-        while (poll(&ended, 1, -1) < 0 && errno == EINTR)
-            ;
+        while (poll(&ended, 1, -1) < 1)
+            (void)usleep(1000); /* a signal, or no memory for poll */
         lm_sys_close(process->handle);
     }
     process->pid = 0;

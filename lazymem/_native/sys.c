@@ -8,8 +8,11 @@
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -123,6 +126,32 @@ void lm_sys_close(int fd)
 {
     if (fd >= 0)
         (void)close(fd); /* EINTR from close(2) on Linux: the descriptor is gone all the same */
+}
+
+int lm_sys_open(const char *path, int flags)
+{
+    int fd = open(path, flags | O_CLOEXEC);
+
+    return fd < 0 ? -errno : fd;
+}
+
+int lm_sys_userfaultfd(int flags)
+{
+    long fd = syscall(SYS_userfaultfd, flags | O_CLOEXEC | O_NONBLOCK);
+
+    return fd < 0 ? -errno : (int)fd;
+}
+
+int lm_sys_read(int fd, void *buffer, size_t length)
+{
+    ssize_t got;
+
+    do {
+        got = read(fd, buffer, length);
+    } while (got < 0 && errno == EINTR); /* not "nothing now": who polls for edges would not come again */
+    if (got < 0)
+        return errno == EAGAIN ? 0 : -errno;
+    return (int)got;
 }
 
 int lm_sys_alloc(size_t length, void **ret_memory)
@@ -262,6 +291,79 @@ int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages)
     return mincore(address, length, ret_pages) < 0 ? -errno : 0;
 }
 
+int lm_sys_poller(void)
+{
+    int fd = epoll_create1(EPOLL_CLOEXEC);
+
+    return fd < 0 ? -errno : fd;
+}
+
+int lm_sys_watch(int poller, int fd, uint32_t events, uint32_t tag)
+{
+    struct epoll_event event = { .events = events, .data.u32 = tag };
+
+    return epoll_ctl(poller, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
+}
+
+int lm_sys_await(int poller, uint32_t *ret_tag)
+{
+    struct epoll_event event;
+    int count = epoll_wait(poller, &event, 1, -1);
+
+    if (count < 0)
+        return errno == EINTR ? 0 : -errno;
+    *ret_tag = event.data.u32;
+    return count;
+}
+
+int lm_sys_bell(void)
+{
+    int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE);
+
+    return fd < 0 ? -errno : fd;
+}
+
+void lm_sys_ring(int bell, unsigned times)
+{
+    uint64_t value = times;
+
+    while (write(bell, &value, sizeof value) < 0 && errno == EINTR)
+        ;
+}
+
+int lm_sys_socket_pair(int ret_pair[2])
+{
+    return socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ret_pair) < 0 ? -errno : 0;
+}
+
+int lm_sys_send(int socket, const void *head, size_t head_length, const void *rest, size_t rest_length)
+{
+    struct iovec parts[2] = { { .iov_base = (void *)head, .iov_len = head_length },
+                              { .iov_base = (void *)rest, .iov_len = rest_length } };
+    struct msghdr header = { .msg_iov = parts, .msg_iovlen = rest_length > 0 ? 2 : 1 };
+    ssize_t sent;
+
+    do {
+        sent = sendmsg(socket, &header, MSG_DONTWAIT | MSG_NOSIGNAL);
+    } while (sent < 0 && errno == EINTR);
+    return sent < 0 ? -errno : (int)sent;
+}
+
+int lm_sys_receive(int socket, void *buffer, size_t length)
+{
+    ssize_t got;
+
+    do {
+        got = recv(socket, buffer, length, 0);
+    } while (got < 0 && errno == EINTR);
+    return got < 0 ? -errno : (int)got;
+}
+
+void lm_sys_shut_down(int socket)
+{
+    (void)shutdown(socket, SHUT_RDWR);
+}
+
 static void close_between(int first, int last)
 {
     /* Before Linux 5.9 there is no close_range: then this thread keeps the others open, too. */
@@ -285,14 +387,18 @@ int lm_sys_isolate_descriptor(int keep)
 void lm_sys_write_patiently(int fd, const char *text, size_t length)
 {
     struct pollfd writable = { .fd = fd, .events = POLLOUT };
+    uint64_t until = lm_sys_now_ns() + 100000000u;
 
-    while (length > 0) {
+    while (length > 0 && lm_sys_now_ns() < until) {
+        int ready = poll(&writable, 1, 100);
         ssize_t wrote;
 
-        if (poll(&writable, 1, 100) <= 0 || !(writable.revents & POLLOUT))
+        if (ready < 0 && errno == EINTR)
+            continue;
+        if (ready <= 0 || !(writable.revents & POLLOUT))
             return;
         wrote = write(fd, text, length < PIPE_BUF ? length : PIPE_BUF);
-        if (wrote < 0 && errno != EINTR)
+        if (wrote < 0 && errno != EINTR && errno != EAGAIN) /* others may write to it, too */
             return;
         if (wrote > 0) {
             text += wrote;

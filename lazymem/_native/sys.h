@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * sys.h: every call that this core makes into the operating system and that can fail.
- * One layer, so that errors have one convention (0 or a count, else a negative errno) and so that
- * tests can put failures underneath it. Owns no state.
+ * sys.h: every call that this core makes into the operating system and that can fail; but those that
+ * start the fetcher (spawn.c), which run on a stack of their own. One layer, so that errors have one
+ * convention (0 or a count, else a negative errno), and so that tests can have any of them fail: they link
+ * these same objects with the linker's --wrap (tests/native/faults.h). Owns no state.
  */
 #ifndef LM_SYS_H
 #define LM_SYS_H
@@ -31,6 +32,10 @@ int lm_sys_pread_patiently(int fd, void *buffer, size_t length, uint64_t offset)
 int64_t lm_sys_written_ns(int fd);
 int lm_sys_dup(int fd); /* close-on-exec */
 void lm_sys_close(int fd);
+int lm_sys_open(const char *path, int flags); /* close-on-exec */
+int lm_sys_userfaultfd(int flags);            /* close-on-exec, non-blocking */
+/* One read(2): what there is, at most `length` bytes. 0 if there is nothing now. */
+int lm_sys_read(int fd, void *buffer, size_t length);
 
 /* Anonymous private memory from mmap, never from malloc: the fault path must not wait for an arena
  * lock that the faulting thread may hold. */
@@ -56,6 +61,22 @@ int lm_sys_map_fixed(void *address, size_t length, int prot, int flags, int fd, 
 int lm_sys_protect(void *address, size_t length, int prot);
 int lm_sys_advise(void *address, size_t length, int advice);
 int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages);
+
+/* A poller reports descriptors by tag, a bell wakes as many of its waiters as it is rung for. */
+int lm_sys_poller(void);
+int lm_sys_watch(int poller, int fd, uint32_t events, uint32_t tag);
+/* Blocks. 1: *ret_tag is ready; 0: a signal came. */
+int lm_sys_await(int poller, uint32_t *ret_tag);
+int lm_sys_bell(void);
+void lm_sys_ring(int bell, unsigned times);
+
+/* Packets between two descriptors, both close-on-exec. */
+int lm_sys_socket_pair(int ret_pair[2]);
+/* One packet of both parts, or -errno at once. */
+int lm_sys_send(int socket, const void *head, size_t head_length, const void *rest, size_t rest_length);
+/* One packet; blocks. 0: the other side is gone. */
+int lm_sys_receive(int socket, void *buffer, size_t length);
+void lm_sys_shut_down(int socket); /* whoever blocks in lm_sys_receive gets 0 */
 
 /* Give this thread a table of descriptors of its own in which only `keep` and stderr are open. */
 int lm_sys_isolate_descriptor(int keep);

@@ -5,9 +5,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "lazymem.h"
 #include "sys.h"
@@ -22,20 +19,16 @@
 
 static int open_descriptor(int way)
 {
-    long fd;
+    int device, fd;
 
-    if (way == LM_WAY_DEVICE) {
-        int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
-
-        if (device < 0)
-            return -errno;
-        fd = lm_sys_ioctl(device, LM_UFFD_IOC_NEW, (void *)(uintptr_t)(O_CLOEXEC | O_NONBLOCK));
-        lm_sys_close(device);
-        return (int)fd;
-    }
-    fd = syscall(SYS_userfaultfd,
-                 O_CLOEXEC | O_NONBLOCK | (way == LM_WAY_USER_ONLY ? LM_USER_MODE_ONLY : 0));
-    return fd < 0 ? -errno : (int)fd;
+    if (way != LM_WAY_DEVICE)
+        return lm_sys_userfaultfd(way == LM_WAY_USER_ONLY ? LM_USER_MODE_ONLY : 0);
+    device = lm_sys_open("/dev/userfaultfd", O_RDWR);
+    if (device < 0)
+        return device;
+    fd = lm_sys_ioctl(device, LM_UFFD_IOC_NEW, (void *)(uintptr_t)(O_CLOEXEC | O_NONBLOCK));
+    lm_sys_close(device);
+    return fd;
 }
 
 int lm_uffd_open(int way, int *ret_fd, uint64_t *ret_features)
@@ -58,11 +51,9 @@ int lm_uffd_open(int way, int *ret_fd, uint64_t *ret_features)
 
 int lm_uffd_read(int fd, struct lm_uffd_message *ret_messages, int capacity)
 {
-    ssize_t got = read(fd, ret_messages, (size_t)capacity * sizeof *ret_messages);
+    int got = lm_sys_read(fd, ret_messages, (size_t)capacity * sizeof *ret_messages);
 
-    if (got < 0)
-        return errno == EAGAIN || errno == EINTR ? 0 : -errno;
-    return (int)((size_t)got / sizeof *ret_messages);
+    return got < 0 ? got : (int)((size_t)got / sizeof *ret_messages);
 }
 
 int lm_uffd_register(int fd, uintptr_t start, size_t length, uint64_t *ret_ioctls)

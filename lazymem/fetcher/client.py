@@ -16,6 +16,7 @@ from typing import Any, Final
 from .. import _native
 from .._native import NativeError
 from ..errors import (
+    OF_CODE,
     AccessDenied,
     LazymemError,
     OptionError,
@@ -37,15 +38,11 @@ _WAIT_MS: Final = 50
 
 def store_error(url: str, code: int, said: str) -> LazymemError:
     """The exception for a code of the fetcher's and the sentence that came with it."""
-    if code == _native.E_OPTION:
-        return OptionError(said)
-    kinds: dict[int, type[SnapshotNotFound] | type[AccessDenied] | type[SnapshotChanged]] = {
-        _native.E_GONE: SnapshotNotFound,
-        _native.E_DENIED: AccessDenied,
-        _native.E_CHANGED: SnapshotChanged,
-    }
-    if code in kinds:
-        return kinds[code](said, url=url)
+    kind = OF_CODE.get(_native.CODES.get(code, ""), ReadError)
+    if issubclass(kind, OptionError):
+        return kind(said)
+    if issubclass(kind, (SnapshotNotFound, AccessDenied, SnapshotChanged)):
+        return kind(said, url=url)
     return ReadError(said if said.startswith(url) else f"{url}: {said}", url=url)
 
 
