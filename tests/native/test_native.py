@@ -103,8 +103,8 @@ def test_native_program_passes(
 # What the core calls of the C library beside: it cannot fail, or fails only if it is used wrongly; of close,
 # shutdown and munlock nobody could make anything. dlopen and dlsym are asked at import, by Python.
 HARMLESS = re.compile(
-    r"_|mem|str|snprintf$|pthread_(mutex|cond|condattr|attr)_|pthread_(sigmask|atfork)$|sig(fill|empty)set$|ldexpf$"
-    r"|(close|shutdown|munlock|setsid|kill|sigprocmask|sysconf|clock_gettime|sched_yield|usleep|dlopen|dlsym)$"
+    r"_|mem|str|snprintf$|pthread_(mutex|cond|condattr|attr)_|pthread_(sigmask|atfork)$|sig(fillset|emptyset|delset)$|ldexpf$"
+    r"|(close|shutdown|munlock|setsid|kill|getpid|sigprocmask|sysconf|clock_gettime|sched_yield|usleep|dlopen|dlsym)$"
 )
 
 
