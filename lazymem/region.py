@@ -210,7 +210,7 @@ class Region:
         cls, url: str, layout: Layout, tables: ArrayTables, blobs: Sequence[Blob], fds: list[int],
         options: OpenOptions,
     ) -> NativeRegion:  # fmt: skip
-        wanted = ("uffd", "uffd-user", "eager") if options.backend == "auto" else (options.backend,)
+        wanted = ("uffd", "uffd-user", "sigsegv", "eager") if options.backend == "auto" else (options.backend,)
         refusals: list[str] = []
         remote = [blob for blob in blobs if isinstance(blob, RemoteBlob)]
         store = remote[0].options if remote else StoreOptions()
@@ -224,7 +224,7 @@ class Region:
                 fds=fds,
                 source_sizes=[blob.size for blob in blobs],
                 backend=backend,
-                install="auto" if backend == "eager" else options.install,
+                install=options.install if "uffd" in backend or options.backend == "sigsegv" else "auto",
                 writable=options.mode == "c",
                 threads=options.threads or 0,
                 readahead=_readahead(options, layout, is_remote=bool(remote)),
@@ -243,7 +243,7 @@ class Region:
             except NativeError as error:
                 if error.code == _native.E_FEATURE and options.install == "move":
                     raise BackendUnavailable(
-                        f"{url}: install='move' needs chunks of whole huge pages (2 MiB; these have "
+                        f"{url}: install='move' needs userfaultfd, chunks of whole huge pages (2 MiB; these have "
                         f"{layout.chunk_size} bytes) and Linux 6.8; leave it out, and chunks are copied"
                     ) from error
                 if error.code not in _REFUSALS:
