@@ -2,13 +2,15 @@
  *
  * The engine under threads: many touch, some prefetch, regions open and close, chunks fail. Driven from
  * C so that it runs under ASan/UBSan and under TSan. Argument "fork" adds children of a fork, which the
- * sanitizers do not survive: their own locks know nothing of it.
+ * sanitizers do not survive: their own locks know nothing of it. Argument "sigsegv" takes touches as signals,
+ * in place of userfaultfd.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -406,27 +408,8 @@ static void test_fork_during_touches(void)
     }
 }
 
-int main(int argc, char **argv)
+static void test_all(bool forks)
 {
-    lm_way_report report = { .error = ENOSYS };
-    lm_region *region;
-
-    CHECK(lm_codec_find(LM_FN_XXH3_64, "libxxhash.so.0", "XXH3_64bits") == 0);
-    content = calloc(CHUNKS, CHUNK);
-    CHECK(content != NULL);
-    source = make_source(records);
-    test_bad_descriptions_are_refused();
-    backend = LM_BACKEND_UFFD;
-    if (open_region(&region) < 0) {
-        backend = LM_BACKEND_UFFD_USER;
-        CHECK(lm_probe_way(LM_WAY_USER_ONLY, &report) == 0);
-        if (report.error != 0) {
-            puts("no userfaultfd here");
-            return 77;
-        }
-    } else {
-        lm_region_free(region);
-    }
     test_bad_strips_are_refused();
     for (composed = 0; composed < 2; composed++) {
         test_threads_read_right_bytes();
@@ -434,15 +417,47 @@ int main(int argc, char **argv)
         test_failed_chunk_is_named_and_heals();
         test_pages_given_back_come_again();
         test_eviction_races_touches();
-        if (argc > 1 && strcmp(argv[1], "fork") == 0) {
+        if (forks) {
             test_fork_during_touches();
             test_fork_waits_for_a_thread_that_touches();
             test_failed_touch(SIGBUS, 0);
-            test_failed_touch(SIGSEGV, LM_CAN_POISON);
+            if (backend != LM_BACKEND_SIGSEGV)
+                test_failed_touch(SIGSEGV, LM_CAN_POISON);
         }
+    }
+}
+
+int main(int argc, char **argv)
+{
+    static const int backends[] = { LM_BACKEND_UFFD, LM_BACKEND_UFFD_USER, LM_BACKEND_SIGSEGV };
+    bool forks = false, signals = false;
+    int i, tested = 0;
+
+    for (i = 1; i < argc; i++) {
+        forks = forks || strcmp(argv[i], "fork") == 0;
+        signals = signals || strcmp(argv[i], "sigsegv") == 0;
+    }
+    CHECK(lm_codec_find(LM_FN_XXH3_64, "libxxhash.so.0", "XXH3_64bits") == 0);
+    content = calloc(CHUNKS, CHUNK);
+    CHECK(content != NULL);
+    source = make_source(records);
+    test_bad_descriptions_are_refused();
+    for (i = 0; i < 3; i++) {
+        lm_region *region;
+
+        backend = backends[i];
+        if ((signals != (backend == LM_BACKEND_SIGSEGV)) || tested > 0 || open_region(&region) < 0)
+            continue;
+        lm_region_free(region);
+        test_all(forks);
+        tested++;
     }
     free(content);
     close(source);
+    if (tested == 0) {
+        puts("refused here");
+        return 77;
+    }
     puts("ok");
     return 0;
 }

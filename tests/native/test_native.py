@@ -64,14 +64,17 @@ def link(program: str, sanitizer: str, objects: list[Path], folder: Path) -> Pat
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("program", ["test_uffd", "test_leaves", "test_engine", "test_fetch"])
+@pytest.mark.parametrize(
+    "program", ["test_uffd", "test_leaves", "test_engine", "test_engine sigsegv", "test_fetch"]
+)
 def test_native_program_passes(
     program: str, sanitizer: str, objects: Callable[[str], list[Path]], tmp_path: Path
 ) -> None:
+    program, *arguments = program.split()
     target = link(program, sanitizer, objects(sanitizer), tmp_path)
     # The child of a fork may find a lock of the sanitizers' own allocator held by a thread that it does not
     # have (seen with GCC 12's ASan under load: the child hangs in pthread_create, inside libasan).
-    arguments = ["fork"] if sanitizer == "plain" else []
+    arguments += ["fork"] if sanitizer == "plain" else []
     # die_after_fork: the fetcher is started by clone(CLONE_VM), which TSan takes for a fork.
     tsan = "halt_on_error=1:die_after_fork=0"
     env = {**os.environ, "TSAN_OPTIONS": tsan, "ASAN_OPTIONS": "detect_leaks=1"}
