@@ -210,7 +210,9 @@ class Region:
         cls, url: str, layout: Layout, tables: ArrayTables, blobs: Sequence[Blob], fds: list[int],
         options: OpenOptions,
     ) -> NativeRegion:  # fmt: skip
-        wanted = ("uffd", "uffd-user", "sigsegv", "eager") if options.backend == "auto" else (options.backend,)
+        wanted = (
+            ("uffd", "uffd-user", "sigsegv", "eager") if options.backend == "auto" else (options.backend,)
+        )
         refusals: list[str] = []
         remote = [blob for blob in blobs if isinstance(blob, RemoteBlob)]
         store = remote[0].options if remote else StoreOptions()
@@ -243,8 +245,8 @@ class Region:
             except NativeError as error:
                 if error.code == _native.E_FEATURE and options.install == "move":
                     raise BackendUnavailable(
-                        f"{url}: install='move' needs userfaultfd, chunks of whole huge pages (2 MiB; these have "
-                        f"{layout.chunk_size} bytes) and Linux 6.8; leave it out, and chunks are copied"
+                        f"{url}: install='move' needs userfaultfd, chunks of whole huge pages (2 MiB; these "
+                        f"have {layout.chunk_size} bytes) and Linux 6.8; leave it out, and chunks are copied"
                     ) from error
                 if error.code not in _REFUSALS:
                     raise _cannot_open(url, layout, error) from error

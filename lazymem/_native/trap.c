@@ -249,11 +249,20 @@ struct before {
 
 static struct before befores[2];
 
-/* Threads that are in a handler of a level. */
+/* A signal that has come to us. frame: where on the stack; what is called from there lies below. */
+struct arrival {
+    int number;
+    siginfo_t *info;
+    void *context;
+    uintptr_t frame;
+};
+
+/* Threads that are in a handler of a level, or have left it by longjmp: then until their next signal. */
 static struct chain {
     _Atomic int thread; /* 0: free */
     int number, level;
     const void *context;
+    uintptr_t frame;
 } chains[CHAINS];
 
 static struct before *before_of(int number)
@@ -261,26 +270,47 @@ static struct before *before_of(int number)
     return &befores[number == SIGBUS];
 }
 
-static struct chain *find_chain(int thread, int number)
+static bool is_chain_of(const struct chain *chain, int thread, int number)
 {
-    struct chain *lowest = NULL;
-    int i;
-
-    for (i = 0; i < CHAINS; i++)
-        if (chains[i].thread == thread && chains[i].number == number &&
-            (lowest == NULL || chains[i].level < lowest->level))
-            lowest = &chains[i];
-    return lowest;
+    return chain->thread == thread && chain->number == number;
 }
 
-static int level_of(int number, const siginfo_t *info, const void *context, int thread)
+/* The level that a signal is for. One that a handler has raised, or handed on, is for the level below it. */
+static int level_of(const struct arrival *signal, int thread)
 {
-    int top = before_of(number)->count - 1;
-    struct chain *chain = top > 0 ? find_chain(thread, number) : NULL;
+    int level = before_of(signal->number)->count - 1, i;
+    bool is_handed_on = false;
 
-    if (chain == NULL || (info->si_code > 0 && chain->context != context))
-        return top;
-    return chain->level - 1;
+    for (i = 0; i < CHAINS; i++)
+        if (is_chain_of(&chains[i], thread, signal->number) && signal->frame < chains[i].frame &&
+            (signal->info->si_code <= 0 || signal->context == chains[i].context) && chains[i].level <= level) {
+            level = chains[i].level - 1;
+            is_handed_on = true;
+        }
+    for (i = 0; i < CHAINS && !is_handed_on; i++)
+        if (is_chain_of(&chains[i], thread, signal->number))
+            chains[i].thread = 0;
+    return level;
+}
+
+/* Where none is free, any is given up: threads that have left by longjmp, and are gone since. */
+static struct chain *enter_chain(const struct arrival *signal, int thread, int level)
+{
+    struct chain *chain = NULL;
+    int i, nobody = 0;
+
+    for (i = 0; i < CHAINS && chain == NULL; i++, nobody = 0)
+        if (atomic_compare_exchange_strong(&chains[i].thread, &nobody, thread))
+            chain = &chains[i];
+    if (chain == NULL) {
+        chain = &chains[(unsigned)thread % CHAINS];
+        chain->thread = thread;
+    }
+    chain->number = signal->number;
+    chain->level = level;
+    chain->context = signal->context;
+    chain->frame = signal->frame;
+    return chain;
 }
 
 static void end_by(int number, siginfo_t *info)
@@ -295,44 +325,38 @@ static void end_by(int number, siginfo_t *info)
     lm_sys_signal_self(number, info);
 }
 
-static void call(const struct sigaction *action, int number, siginfo_t *info, void *context)
+static void call(const struct sigaction *action, const struct arrival *signal)
 {
     sigset_t mask = action->sa_mask, before;
 
     if (!(action->sa_flags & SA_NODEFER))
-        sigaddset(&mask, number);
+        sigaddset(&mask, signal->number);
     pthread_sigmask(SIG_BLOCK, &mask, &before);
     if (action->sa_flags & SA_SIGINFO)
-        action->sa_sigaction(number, info, context);
+        action->sa_sigaction(signal->number, signal->info, signal->context);
     else
-        action->sa_handler(number);
+        action->sa_handler(signal->number);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-static void pass_on(int number, siginfo_t *info, void *context)
+static void pass_on(const struct arrival *signal)
 {
-    int thread = lm_sys_thread_id(), level = level_of(number, info, context, thread), i, nobody = 0;
+    int thread = lm_sys_thread_id(), level = level_of(signal, thread);
     struct sigaction action = { .sa_handler = SIG_DFL };
     struct chain *chain = NULL;
 
     if (level >= 0)
-        action = before_of(number)->levels[level];
-    if (action.sa_handler == SIG_IGN && info->si_code <= 0)
+        action = before_of(signal->number)->levels[level];
+    if (action.sa_handler == SIG_IGN && signal->info->si_code <= 0)
         return;
     if (action.sa_handler == SIG_DFL || action.sa_handler == SIG_IGN) { /* a fault cannot be ignored */
-        end_by(number, info);
+        end_by(signal->number, signal->info);
         return;
     }
-    for (i = 0; i < CHAINS && chain == NULL; i++, nobody = 0)
-        if (atomic_compare_exchange_strong(&chains[i].thread, &nobody, thread))
-            chain = &chains[i];
-    if (chain != NULL) {
-        chain->number = number;
-        chain->level = level;
-        chain->context = context;
-    }
-    call(&action, number, info, context);
-    if (chain != NULL)
+    if (level > 0) /* the one at 0 knows nothing of ours */
+        chain = enter_chain(signal, thread, level);
+    call(&action, signal);
+    if (chain != NULL && chain->thread == thread)
         chain->thread = 0;
 }
 
@@ -373,14 +397,14 @@ static enum access access_of(const ucontext_t *context)
  * A thread that evicts may take it away a few times, too. */
 #define PATIENCE 1000
 
-static bool serve(int number, const siginfo_t *info, void *context)
+static bool serve(const struct arrival *signal)
 {
-    uintptr_t address = (uintptr_t)info->si_addr;
-    enum access access = access_of(context);
+    uintptr_t address = (uintptr_t)signal->info->si_addr;
+    enum access access = access_of(signal->context);
     const struct range *range;
     int turn;
 
-    if (info->si_code != (number == SIGSEGV ? SEGV_ACCERR : BUS_ADRERR))
+    if (signal->info->si_code != (signal->number == SIGSEGV ? SEGV_ACCERR : BUS_ADRERR))
         return false;
     range = find_range(address);
     if (range == NULL || access == EXECUTE || (access == WRITE && !range->writable) || !*served)
@@ -390,10 +414,11 @@ static bool serve(int number, const siginfo_t *info, void *context)
             return true;
         switch (ask(address)) {
         case LM_TRAP_BAD: {
-            siginfo_t bus = { .si_signo = SIGBUS, .si_code = BUS_ADRERR };
+            siginfo_t info = { .si_signo = SIGBUS, .si_code = BUS_ADRERR };
+            struct arrival bus = { SIGBUS, &info, signal->context, signal->frame };
 
-            bus.si_addr = (void *)address;
-            pass_on(SIGBUS, &bus, context);
+            info.si_addr = (void *)address;
+            pass_on(&bus);
             return true;
         }
         case LM_TRAP_FOREIGN: return false;
@@ -405,10 +430,11 @@ static bool serve(int number, const siginfo_t *info, void *context)
 
 static void handle(int number, siginfo_t *info, void *context)
 {
+    struct arrival signal = { number, info, context, (uintptr_t)__builtin_frame_address(0) };
     int error = errno;
 
-    if (!serve(number, info, context))
-        pass_on(number, info, context);
+    if (!serve(&signal))
+        pass_on(&signal);
     errno = error;
 }
 
