@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -408,6 +409,54 @@ static void test_fork_during_touches(void)
     }
 }
 
+static volatile int forks_left, is_child;
+
+static void fork_now(int number)
+{
+    pid_t pid = forks_left > 0 ? fork() : -1;
+
+    (void)number;
+    forks_left -= pid > 0;
+    is_child = is_child || pid == 0;
+    if (is_child)
+        forks_left = 0;
+}
+
+/* The child goes on where the handler came, which may be in the middle of a wait for a chunk. */
+static void test_fork_in_a_handler_during_touches(void)
+{
+    struct sigaction action = { .sa_handler = fork_now };
+    struct itimerval often = { { 0, 1000 }, { 0, 1000 } }, off = { { 0, 0 }, { 0, 0 } };
+    sigset_t alarms;
+    int status;
+
+    sigemptyset(&alarms);
+    sigaddset(&alarms, SIGALRM);
+    pthread_sigmask(SIG_BLOCK, &alarms, NULL); /* fork needs locks that a call of ours may hold */
+    CHECK(sigaction(SIGALRM, &action, NULL) == 0);
+    forks_left = 5;
+    CHECK(setitimer(ITIMER_REAL, &often, NULL) == 0);
+    while (forks_left > 0) {
+        lm_region *region;
+        int differs;
+
+        CHECK(open_region(&region) == 0);
+        pthread_sigmask(SIG_UNBLOCK, &alarms, NULL);
+        differs = memcmp(lm_region_address(region), content, (size_t)CHUNKS * CHUNK);
+        pthread_sigmask(SIG_BLOCK, &alarms, NULL);
+        if (is_child)
+            _exit(differs != 0);
+        CHECK(differs == 0);
+        lm_region_free(region);
+    }
+    CHECK(setitimer(ITIMER_REAL, &off, NULL) == 0);
+    while (waitpid(-1, &status, 0) > 0)
+        CHECK(status == 0);
+    signal(SIGALRM, SIG_IGN); /* one may be waiting */
+    pthread_sigmask(SIG_UNBLOCK, &alarms, NULL);
+    signal(SIGALRM, SIG_DFL);
+}
+
 static void test_all(bool forks)
 {
     test_bad_strips_are_refused();
@@ -419,6 +468,7 @@ static void test_all(bool forks)
         test_eviction_races_touches();
         if (forks) {
             test_fork_during_touches();
+            test_fork_in_a_handler_during_touches();
             test_fork_waits_for_a_thread_that_touches();
             test_failed_touch(SIGBUS, 0);
             if (backend != LM_BACKEND_SIGSEGV)
