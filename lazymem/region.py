@@ -28,7 +28,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _native
+from . import _native, ways
 from ._native import NativeError, NativeRegion, RegionSpec
 from .catalog import ArrayTables, Catalog, Layout
 from .errors import (
@@ -252,9 +252,10 @@ class Region:
                     raise _cannot_open(url, layout, error) from error
                 refusals.append(str(error))
                 logger.info("%s: backend %s is not to be had: %s", url, backend, error)
+        why = ways.refusal(options.backend) or f"{', '.join(refusals)}; `lazymem doctor` says more"
         raise BackendUnavailable(
-            f"{url}: backend {options.backend!r} is not to be had here ({', '.join(refusals)}); `lazymem "
-            "doctor` says what to change, backend='auto' takes the best that there is"
+            f"{url}: backend {options.backend!r} is not to be had here: {why}. backend='auto' takes the best "
+            "that there is"
         )
 
     # ---- lifetime ----

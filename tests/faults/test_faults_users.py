@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whoever runs it, and whatever a sandbox refuses: the best way that is left is taken by itself, doctor names
+it and why, and the bytes are right, before and after a fork.
+
+One process imports everything as root and forks a child for each case, which gives up what the case is about.
+So a case costs milliseconds. What has to start an interpreter as somebody else does so by `users.prefix`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lazymem
+
+from .. import users
+from ..children import check_child
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can give something up; run the tests as root"),
+    pytest.mark.skipif(not users.KNOWN_MACHINE, reason="the seccomp filter knows two machines' numbers"),
+]
+
+#: What is taken where there is no userfaultfd at all.
+NEXT = "sigsegv"
+DEVICE, SYSCALL, USER_ONLY = "device", "syscall", "user-only"
+EPERM, ENOSYS, EACCES, ENOENT = "EPERM", "ENOSYS", "EACCES", "ENOENT"
+#: By case: what the child does, the backend that is taken then, and which ways are refused with which errno.
+CASES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "root": ("", "uffd", {}),
+    "ordinary user": ("become()", "uffd-user", {DEVICE: EACCES, SYSCALL: EPERM}),
+    "ordinary user of a group that has the device": (
+        "own_mounts(); own_device(0o660, 4321); become(4321, 4321)", "uffd", {SYSCALL: EPERM},
+    ),
+    "ordinary user where everybody has the device": (
+        "own_mounts(); own_device(0o666); become()", "uffd", {SYSCALL: EPERM},
+    ),
+    "root of a user namespace": (
+        "become(4321, 4321); root_of_a_user_namespace()", "uffd-user", {DEVICE: EACCES, SYSCALL: EPERM},
+    ),
+    "user whom the namespace does not map": (
+        "become(4321, 4321); user_whom_no_namespace_knows()", "uffd-user", {DEVICE: EACCES, SYSCALL: EPERM},
+    ),
+    "root, filter with EPERM": (
+        "refuse_userfaultfd()", NEXT, {DEVICE: EPERM, SYSCALL: EPERM, USER_ONLY: EPERM},
+    ),
+    "root, filter with ENOSYS": (
+        "refuse_userfaultfd(errno.ENOSYS)", NEXT, {DEVICE: ENOSYS, SYSCALL: ENOSYS, USER_ONLY: ENOSYS},
+    ),
+    "ordinary user, filter with EPERM": (
+        "become(); refuse_userfaultfd(device=False)", NEXT,
+        {DEVICE: EACCES, SYSCALL: EPERM, USER_ONLY: EPERM},
+    ),
+    "ordinary user, filter with ENOSYS": (
+        "become(); refuse_userfaultfd(errno.ENOSYS, device=False)", NEXT,
+        {DEVICE: EACCES, SYSCALL: ENOSYS, USER_ONLY: ENOSYS},
+    ),
+    "container with the device": (
+        "refuse_userfaultfd(device=False)", "uffd", {SYSCALL: EPERM, USER_ONLY: EPERM},
+    ),
+    "no new privileges": (
+        "become(); no_new_privileges()", "uffd-user", {DEVICE: EACCES, SYSCALL: EPERM},
+    ),
+    "no locked memory": (
+        "become(); resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))", "uffd-user",
+        {DEVICE: EACCES, SYSCALL: EPERM},
+    ),
+    "no /proc": (
+        "own_mounts(); without('/proc'); become()", "uffd-user", {DEVICE: EACCES, SYSCALL: EPERM},
+    ),
+    "no /proc and no device": (
+        "own_mounts(); without('/proc'); no_device(); become()", "uffd-user",
+        {DEVICE: ENOENT, SYSCALL: EPERM},
+    ),
+    "nothing can be written, no home": (
+        "own_mounts(); read_only(); become(); os.environ.pop('HOME')", "uffd-user",
+        {DEVICE: EACCES, SYSCALL: EPERM},
+    ),
+    "container as they come": (
+        "own_mounts(); no_device(); read_only(); become();"
+        "os.environ.pop('HOME'); resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0)); refuse_userfaultfd()",
+        NEXT, {DEVICE: ENOENT, SYSCALL: EPERM, USER_ONLY: EPERM},
+    ),
+}  # fmt: skip
+
+#: Those in which the fetcher is started, too: it is a process of its own, and takes its time.
+FETCHING = (
+    "ordinary user", "root of a user namespace", "no /proc", "nothing can be written, no home",
+    "container as they come",
+)  # fmt: skip
+
+#: What a system call does with a page that nothing has touched.
+KERNEL_TOUCH = {"uffd": "written", "uffd-user": "EFAULT", "sigsegv": "EFAULT", "eager": "written"}
+
+SCRIPT = """
+import errno, json, os, resource, signal, sys
+import numpy as np
+import lazymem
+from lazymem.ways import survey
+from lazymem.fetcher.client import fetcher_status
+from tests.users import *
+
+path, cases, fetching = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+expected = np.arange(300_000)
+
+def forced(backend):
+    try:
+        with lazymem.open(path, backend=backend) as snap:
+            return snap.backend
+    except lazymem.BackendUnavailable as error:
+        return str(error)
+
+def look(fetch):
+    there = survey()
+    snap = lazymem.open(path)
+    array = snap["x"]
+    found = {"backend": snap.backend, "doctor": there.backend, "better": there.better()}
+    found["refused"] = {way.name: way.errno for way in there.ways if not way.usable}
+    found["forced"] = {backend: forced(backend) for backend in ("uffd", "uffd-user")}
+    for backend in found["forced"]:
+        change = there.change(backend)
+        found["to have " + backend] = change and [there.reason(backend), change.command]
+    if fetch:
+        fetcher_status()
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, array[200_000:200_001].data.cast("B"))
+        found["kernel touch"] = "written"
+    except OSError as error:
+        found["kernel touch"] = errno.errorcode[error.errno]
+    found["first"] = int(array[123])
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(array, expected) else 1)
+    found["parent"] = bool(np.array_equal(array, expected))
+    found["child"] = os.waitpid(child, 0)[1]
+    snap.prefetch("x", wait=True)
+    found["read"] = bool(np.array_equal(snap.read("x"), expected))
+    return found
+
+def run(code, fetch, out):
+    signal.alarm(30)
+    try:
+        exec(code)
+        found = look(fetch)
+    except BaseException as error:
+        found = {"error": repr(error)}
+    os.write(out, json.dumps(found).encode())
+    os._exit(0)
+
+results = {}
+for name, code in cases.items():
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        run(code, name in fetching, writer)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        data = file.read()
+    status = os.waitpid(pid, 0)[1]
+    results[name] = json.loads(data) if data else {"error": f"ended with status {status}"}
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def snapshot() -> Iterator[Path]:
+    """Where everybody may read it: tmp_path lies in a folder that is its owner's."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    lazymem.build({"x": np.arange(300_000)}, folder / "x.lzm", chunk_size=1 << 16)
+    yield folder / "x.lzm"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def results(snapshot: Path) -> dict[str, Any]:
+    cases = json.dumps({name: code for name, (code, _, _) in CASES.items()})
+    out = check_child(SCRIPT, snapshot, cases, json.dumps(FETCHING), prefix=users.prefix(0))
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_right_bytes_by_the_best_way_that_is_left(results: dict[str, Any], name: str) -> None:
+    found = results[name]
+    _, backend, refused = CASES[name]
+    assert "error" not in found, found["error"]
+    assert (found["backend"], found["doctor"]) == (backend, backend)
+    assert found["refused"] == refused
+    assert (found["first"], found["parent"], found["child"], found["read"]) == (123, True, 0, True)
+    assert found["kernel touch"] == KERNEL_TOUCH[backend]
+    assert bool(found["better"]) == (backend != "uffd")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_backend_that_is_not_to_be_had_is_refused_with_the_reason_and_the_command(
+    results: dict[str, Any], name: str
+) -> None:
+    ways = {"uffd": {DEVICE, SYSCALL}, "uffd-user": {USER_ONLY}}
+    found, refused = results[name], CASES[name][2]
+    for backend, said in found["forced"].items():
+        if not ways[backend] <= refused.keys():
+            assert said == backend
+            assert found[f"to have {backend}"] is None
+            continue
+        reason, command = found[f"to have {backend}"]
+        assert f"backend '{backend}' is not to be had here: {reason}. To have it: {command}." in said
+        assert all(os.strerror(getattr(errno, refused[way])) in reason for way in ways[backend])
