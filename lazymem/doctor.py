@@ -176,11 +176,14 @@ def _cannot(backend: str, operations: Sequence[str]) -> tuple[str, ...]:
             "Uncompressed local files are mapped and stay lazy.",
         )
     found = []
-    if backend == "uffd-user":
+    if backend in ("uffd-user", "sigsegv"):
         found.append(
             "serve touches from inside the kernel: write(2), send(2) or O_DIRECT from memory that nothing "
             "has touched yet fails with EFAULT (Bad address). prefetch() such arrays first."
         )
+    if backend == "sigsegv":
+        found.append("serve a thread that blocks SIGSEGV or SIGBUS: the kernel ends the process there.")
+        return tuple(found)
     if "poison" not in operations:
         found.append(
             "poison pages (Linux 6.6): a touch whose bytes cannot be had ends the process by other means"

@@ -17,7 +17,7 @@ from typing import Final
 from .. import _native
 from .._native import WayReport
 from .advice import Change as Change
-from .advice import change_for
+from .advice import GAINS, change_for
 from .place import DEVICE, SYSCTL, Place, look_around
 
 #: What the engine cannot do without (engine.c, open_way).
@@ -27,6 +27,7 @@ _WAYS: Final = {
     "device": (DEVICE, "uffd"),
     "syscall": ("userfaultfd(2)", "uffd"),
     "user-only": ("userfaultfd(2), user mode only", "uffd-user"),
+    "sigsegv": ("signals of protected pages", "sigsegv"),
 }
 
 
@@ -70,8 +71,8 @@ class Survey:
         return _sentences(way for way in self.ways[:taken] if way.backend != self.backend)
 
     def change(self, backend: str) -> Change | None:
-        """What gives `backend`; None if it is to be had."""
-        if any(way.usable for way in self.ways if way.backend == backend):
+        """What gives `backend`; None if it is to be had, or nothing gives it."""
+        if backend not in GAINS or any(way.usable for way in self.ways if way.backend == backend):
             return None
         return change_for(backend, self.place, {way.name: way for way in self.ways})
 
@@ -79,14 +80,33 @@ class Survey:
 def survey() -> Survey:
     """Try every way on throw-away pages. Takes milliseconds; needs no rights."""
     place = look_around()
-    return Survey(place, tuple(_way(found, place) for found in _native.probe()))
+    return Survey(place, (*(_way(found, place) for found in _native.probe()), _signals()))
+
+
+def _signals() -> Way:
+    """The way that needs no userfaultfd."""
+    number = _native.probe_sigsegv()
+    what, backend = _WAYS["sigsegv"]
+    return Way(
+        name="sigsegv",
+        what=what,
+        backend=backend,
+        usable=number == 0,
+        errno=_code(number),
+        refusal=f"{os.strerror(number)}: {_why_no_signals(number)}" if number else "",
+        operations=("protect", "remap") if number == 0 else (),
+    )
+
+
+def _code(number: int) -> str | None:
+    return errno.errorcode.get(number, str(number)) if number else None
 
 
 def refusal(backend: str) -> str:
     """Why `backend` is not to be had here and what would give it, for a message; empty if it is."""
     found = survey()
-    change = found.change(backend) if backend in ("uffd", "uffd-user") else None
-    return f"{found.reason(backend)}. To have it: {change.command}" if change is not None else ""
+    change = found.change(backend)
+    return found.reason(backend) + (f". To have it: {change.command}" if change is not None else "")
 
 
 # ---- why not ----
@@ -109,7 +129,7 @@ def _way(found: WayReport, place: Place) -> Way:
         what=what,
         backend=backend,
         usable=not refused,
-        errno=errno.errorcode.get(found.errno, str(found.errno)) if found.errno else None,
+        errno=_code(found.errno),
         refusal=refused,
         operations=found.operations,
     )
@@ -149,3 +169,11 @@ def _why_not_device(number: int, place: Place) -> str:
     if number == errno.ENOSYS and place.filtered:
         return "a seccomp filter hides its ioctl"
     return "the device does not work"
+
+
+def _why_no_signals(number: int) -> str:
+    if number == errno.EOPNOTSUPP:
+        return "only x86-64 and arm64 tell what a touch was"
+    if number == errno.ENOSYS:
+        return "memfd_create(2) is not to be had, or a sandbox answers for the kernel"
+    return "memfd_create(2) or mmap(2) of it is refused"

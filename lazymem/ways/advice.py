@@ -23,7 +23,8 @@ from .place import DEVICE, KUBERNETES, SYSCTL, Place
 
 #: What a seccomp filter answers.
 _FORBIDDEN: Final = ("EPERM", "ENOSYS")
-_GAINS: Final = {
+#: What a backend gives that can be had by a change.
+GAINS: Final = {
     "uffd": "every touch is lazy, those of the kernel too",
     "uffd-user": "touches by your code are lazy",
 }
@@ -62,7 +63,7 @@ def change_for(backend: str, place: Place, ways: Ways) -> Change:
         gained, (command, remark) = "uffd-user", _security_context()
     else:
         command, remark = _for_all_faults(place, ways)
-    return Change(_GAINS[gained], command, remark)
+    return Change(GAINS[gained], command, remark)
 
 
 def _for_all_faults(place: Place, ways: Ways) -> tuple[str, str]:

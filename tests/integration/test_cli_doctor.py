@@ -73,23 +73,22 @@ def test_doctor_names_the_backend_that_open_takes(snapshot: str) -> None:
 
 
 @needs_bpf
-def test_doctor_under_a_seccomp_filter_says_eager_and_open_is_eager_with_right_bytes(snapshot: str) -> None:
+def test_doctor_under_a_seccomp_filter_says_sigsegv_and_so_opens_with_right_bytes(snapshot: str) -> None:
     result = json.loads(child(REFUSE, REPORT, snapshot=snapshot))
     report = result["report"]
-    assert result["opened"] == {"backend": "eager", "right": True}
-    assert report["backend"] == "eager"
-    assert report["way"] is None
-    assert not any(way["usable"] for way in report["ways"])
-    assert {way["errno"] for way in report["ways"]} <= {"EPERM", "EACCES", "ENOENT"}
-    assert "docker" in report["change"]["command"] or "userfaultfd" in report["change"]["command"]
-    assert any("reads all" in text for text in report["cannot"])
+    assert result["opened"] == {"backend": "sigsegv", "right": True}
+    assert report["backend"] == "sigsegv"
+    assert [way["name"] for way in report["ways"] if way["usable"]] == ["sigsegv"]
+    assert {way["errno"] for way in report["ways"][:3]} <= {"EPERM", "EACCES", "ENOENT"}
+    assert "seccomp" in report["change"]["command"] or "userfaultfd" in report["change"]["command"]
+    assert any("EFAULT" in text for text in report["cannot"])
     assert {"name": "seccomp filter", "value": "yes", "remark": "may hide system calls"} in report["machine"]
 
 
 @needs_bpf
 def test_doctor_prints_the_whole_story_under_a_seccomp_filter(snapshot: str) -> None:
     text = child(REFUSE, "from lazymem.cli import run\nassert run(['doctor']) == 0\n", snapshot=snapshot)
-    for part in ("eager", "EPERM", "What would change it", "vm.max_map_count", "zstd"):
+    for part in ("sigsegv", "EPERM", "What would change it", "vm.max_map_count", "zstd"):
         assert part in text
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "\x1b" not in text
@@ -134,7 +133,9 @@ def test_user_only_touch_from_the_kernel_is_efault_until_prefetched_as_doctor_sa
 ALL = ("copy", "zeropage", "wake", "poison", "move")
 
 
-def examine_on(monkeypatch: pytest.MonkeyPatch, ways: tuple[WayReport, ...], **given: Any) -> doctor.Report:
+def examine_on(
+    monkeypatch: pytest.MonkeyPatch, ways: tuple[WayReport, ...], signals: int = 0, **given: Any
+) -> doctor.Report:
     facts: dict[str, Any] = {
         "kernel": (6, 12),
         "container": "",
@@ -151,6 +152,7 @@ def examine_on(monkeypatch: pytest.MonkeyPatch, ways: tuple[WayReport, ...], **g
         **given,
     }
     monkeypatch.setattr("lazymem._native.probe", lambda: ways)
+    monkeypatch.setattr("lazymem._native.probe_sigsegv", lambda: signals)
     monkeypatch.setattr("lazymem.ways.look_around", lambda: Place(**facts))
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     return doctor.examine()
@@ -238,8 +240,15 @@ def test_advice_is_absent_where_nothing_is_to_be_gained(monkeypatch: pytest.Monk
 
 def test_way_that_opens_but_lacks_an_operation_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     report = examine_on(monkeypatch, ways(0, 0, 0, operations=("copy", "wake")))
-    assert report.backend == "eager"
+    assert report.backend == "sigsegv"
     assert "does not zeropage" in report.ways[0].refusal
+
+
+def test_where_no_touch_can_be_lazy_eager_is_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = examine_on(monkeypatch, ways(errno.ENOENT, errno.ENOSYS, errno.ENOSYS), signals=errno.EPERM)
+    assert (report.backend, report.way, report.install) == ("eager", None, "none")
+    assert "memfd_create" in report.reason
+    assert any("reads all" in text for text in report.cannot)
 
 
 def test_old_kernel_without_move_and_poison_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
