@@ -59,7 +59,7 @@ def same(shown: NDArray[Any], expected: NDArray[Any]) -> bool:
     chunk_size=st.sampled_from([1 << 16, 1 << 17, 1 << 21]),
     opened=st.fixed_dictionaries(
         {
-            "backend": st.sampled_from(["uffd", "uffd-user", "eager", "auto"]),
+            "backend": st.sampled_from(["uffd", "uffd-user", "sigsegv", "eager", "auto"]),
             "install": st.sampled_from(["auto", "copy"]),
             "readahead": st.sampled_from([0, 1, 8]),
             "mode": st.sampled_from("rc"),
