@@ -75,7 +75,7 @@ LACKS = {
         "needs_userfaultfd": "eager needs no userfaultfd, and has no use for what it can do",
     },
     "sigsegv": {
-        "needs_kernel_touch": "a touch by the kernel raises no signal: EFAULT, and lazymem.explain() says why",
+        "needs_kernel_touch": "a touch by the kernel is no signal: EFAULT, and lazymem.explain() says why",
         "needs_userfaultfd": "sigsegv is what is taken where there is no userfaultfd",
     },
     "uffd-user": {

@@ -8,15 +8,21 @@ may lie where only root can go.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import platform
 import shlex
 import struct
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 NOBODY = 65534
 DEVICE = "/dev/userfaultfd"
@@ -29,6 +35,24 @@ _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
 _NUMBERS = {"x86_64": (323, 16), "aarch64": (282, 29)}
 
 KNOWN_MACHINE = platform.machine() in _NUMBERS
+
+
+def demand() -> None:
+    """Skip the test where nothing can be given up, or taken away."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give something up; run the tests as root")
+    if not KNOWN_MACHINE or not os.path.exists(DEVICE):
+        pytest.skip("made for x86-64 and arm64 with Linux 6.1, whose /dev/userfaultfd is there")
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
+        pytest.skip("mounts of one's own need CAP_SYS_ADMIN, which this container has not got")
+
+
+@contextlib.contextmanager
+def sysctl_held(*, alone: bool = False) -> Iterator[Path]:
+    """vm.unprivileged_userfaultfd, which no other test changes meanwhile; alone: nor relies on."""
+    with open(Path(tempfile.gettempdir()) / f"lazymem-tests-sysctl-{os.geteuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 
 def _done(result: int) -> None:

@@ -16,8 +16,8 @@ from typing import Final
 
 from .. import _native
 from .._native import WayReport
-from .advice import Change as Change
 from .advice import GAINS, change_for
+from .advice import Change as Change
 from .place import DEVICE, SYSCTL, Place, look_around
 
 #: What the engine cannot do without (engine.c, open_way).

@@ -351,42 +351,6 @@ def test_mode_r_memory_cannot_be_written_through_a_pointer(snapshot_path: Path) 
         assert (done.returncode, done.stdout) == (-signal.SIGSEGV, "7\n")
 
 
-def test_ordinary_user_opens_and_reads(snapshot_path: Path, arrays: Arrays, tmp_path: Path) -> None:
-    """Without privileges: faults of user mode only, and a system call on an untouched page is EFAULT."""
-    copy = Path("/tmp") / f"lazymem-test-{os.getpid()}.lzm"
-    code = """
-    import os, sys
-    import lazymem  # first: root's Python may lie where nobody else can read
-    os.setgroups([]); os.setgid(65534); os.setuid(65534)
-    snap = lazymem.open(sys.argv[1])
-    print(snap.backend, int(snap["ids"].sum()))
-    read_end, write_end = os.pipe()
-    if snap.backend == "uffd-user":
-        try:
-            os.write(write_end, snap["layer.0.weight"].data.cast("B")[:10])
-            print("written")
-        except OSError as error:
-            print(error.strerror)
-        snap.prefetch("layer.0.weight", wait=True)
-    os.write(write_end, snap["layer.0.weight"].data.cast("B")[:10])
-    print(os.read(read_end, 10) == snap["layer.0.weight"].data.cast("B")[:10])
-    """
-    if os.getuid() != 0:
-        pytest.skip("only root can become somebody else; the other tests have run as an ordinary user")
-    shutil.copy(snapshot_path, copy)
-    try:
-        out = check_child(code, copy).splitlines()
-    finally:
-        copy.unlink()
-    assert out[0].split() in (
-        ["uffd-user", str(int(arrays["ids"].sum()))],
-        ["uffd", str(int(arrays["ids"].sum()))],
-    )
-    assert out[-1] == "True"
-    if out[0].startswith("uffd-user"):
-        assert out[1] == "Bad address"
-
-
 @pytest.mark.needs_lazy
 def test_touch_goes_before_a_long_prefetch(long_path: Path) -> None:
     """Its chunk is the last of the queue; were it to wait its turn, everything would be there before it."""
@@ -451,7 +415,7 @@ def test_readahead_is_not_taken_by_random_access(snapshot_path: Path) -> None:
 
 @pytest.mark.needs_userfaultfd
 def test_install_move_that_cannot_be_is_refused_not_replaced(snapshot_path: Path) -> None:
-    with pytest.raises(BackendUnavailable, match="install='move' needs chunks of whole huge pages"):
+    with pytest.raises(BackendUnavailable, match="install='move' needs .*chunks of whole huge pages"):
         lazymem.open(snapshot_path, install="move")
 
 

@@ -2,7 +2,7 @@
 """The suite on every way to lazy memory, and what each way does with a touch.
 
 Here the files that are about memory run on each way that "auto" does not take on a machine that offers all.
-The whole of it: `LAZYMEM_BACKEND=WAY pytest tests/integration tests/models tests/property tests/differential`.
+All of the suite on one: see the README.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..children import check_child
 WAYS = ("uffd", "uffd-user", "sigsegv", "eager")
 ABOUT_MEMORY = ("test_open.py", "test_lifetimes.py", "test_safetensors_sources.py")
 #: Thousands of opens, and servers of their own: once is enough.
-NOT_AGAIN = "not thousands and not s3 and not ordinary_user and not every_backend"
+NOT_AGAIN = "not thousands and not s3 and not every_backend"
 
 
 def demand(way: str) -> None:
@@ -77,7 +77,7 @@ print(json.dumps(found))
 
 
 def test_every_way_does_with_a_touch_what_the_readme_says(snapshot_path: Path) -> None:
-    """Chunks left at open, and after a touch; the kernel's touch, code's touch; the kernel's after prefetch."""
+    """Chunks left at open, and after a touch; the kernel's touch, code's; the kernel's after prefetch."""
     lazy = {
         "uffd": [True, True, "written", True, True],
         "uffd-user": [True, True, "EFAULT", True, True],
