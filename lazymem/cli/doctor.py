@@ -20,7 +20,7 @@ _COLUMN: Final = 40
 _BACKENDS: Final = {
     "uffd": "every touch is lazy",
     "uffd-user": "touches by your code are lazy, those from inside the kernel are not",
-    "sigsegv": "touches by your code are lazy, as signals; those from inside the kernel are not",
+    "sigsegv": "touches by your code are lazy; those from inside the kernel are not",
     "eager": "compressed snapshots are read whole when they are opened",
 }
 
