@@ -415,7 +415,7 @@ def test_readahead_is_not_taken_by_random_access(snapshot_path: Path) -> None:
 
 @pytest.mark.needs_userfaultfd
 def test_install_move_that_cannot_be_is_refused_not_replaced(snapshot_path: Path) -> None:
-    with pytest.raises(BackendUnavailable, match="install='move' needs .*chunks of whole huge pages"):
+    with pytest.raises(BackendUnavailable, match=r"install='move' needs .*chunks of whole huge pages"):
         lazymem.open(snapshot_path, install="move")
 
 
