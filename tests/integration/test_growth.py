@@ -53,6 +53,7 @@ def test_one_tebibyte_of_zeros_and_a_few_bytes(tmp_path: Path) -> None:
     assert check_child(code, target, repr(places)) == "right\n"
 
 
+@pytest.mark.needs_lazy
 def test_a_hundred_thousand_arrays(tmp_path: Path) -> None:
     path = tmp_path / "many.lzm"
     values = np.arange(100_000, dtype=np.int32)

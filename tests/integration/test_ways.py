@@ -21,22 +21,21 @@ from lazymem.ways import survey
 from ..children import check_child
 
 WAYS = ("uffd", "uffd-user", "sigsegv", "eager")
-ABOUT_MEMORY = ("test_open.py", "test_lifetimes.py", "test_safetensors_sources.py")
-#: Thousands of opens, and servers of their own: once is enough.
-NOT_AGAIN = "not thousands and not s3 and not every_backend"
+ABOUT_MEMORY = ("test_open.py", "test_lifetimes.py")
+#: Thousands of opens, and what opens on each way by itself: once is enough.
+NOT_AGAIN = "not thousands and not every_backend"
 
 
-def demand(way: str) -> None:
-    """Skip where this machine lacks it: then the rest of the suite has run on what it has."""
-    there = survey()
-    if any(one.backend == way for one in there.ways) and there.reason(way):
-        pytest.skip(f"not to be had here: {there.reason(way)}")
+def is_there(way: str) -> bool:
+    """Whether this machine has it; everybody can read at open."""
+    return way == "eager" or any(one.backend == way and one.usable for one in survey().ways)
 
 
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_what_is_about_memory_holds_on_every_way(way: str, tmp_path: Path) -> None:
-    demand(way)
+    if not is_there(way):
+        pytest.skip(f"not to be had here: {survey().reason(way)}")
     folder = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--tb=short",
@@ -47,7 +46,7 @@ def test_what_is_about_memory_holds_on_every_way(way: str, tmp_path: Path) -> No
     assert done.returncode == 0, done.stdout[-6000:]
     count = re.search(r"(\d+) passed", done.stdout)
     assert count is not None
-    assert int(count[1]) > 60
+    assert int(count[1]) > 35
 
 
 TOUCHES = """
@@ -84,6 +83,6 @@ def test_every_way_does_with_a_touch_what_the_readme_says(snapshot_path: Path) -
         "sigsegv": [True, True, "EFAULT", True, True],
         "eager": [False, False, "written", True, True],
     }
-    there = [way for way in WAYS if way == "eager" or not survey().change(way)]
+    there = [way for way in WAYS if is_there(way)]
     found = json.loads(check_child(TOUCHES, snapshot_path, *there))
     assert found == {way: lazy[way] for way in there}

@@ -446,6 +446,7 @@ def test_load_file_to_cuda_gives_right_bytes(tmp_path: Path) -> None:
         assert_same(tensor.cpu(), tensors[name])
 
 
+@pytest.mark.needs_lazy
 def test_damage_is_raised_while_streaming(tmp_path: Path) -> None:
     path, _ = big_file(tmp_path)
     lazymem.build(path, tmp_path / "big.lzm")
