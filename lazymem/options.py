@@ -28,7 +28,7 @@ DEFAULT_CHUNK_SIZE: Final = 2 * MIB
 DEFAULT_READAHEAD: Final = 8
 
 CODECS: Final = ("none", "lz4", "zstd")
-BACKENDS: Final = ("auto", "uffd", "uffd-user", "map", "eager")
+BACKENDS: Final = ("auto", "uffd", "uffd-user", "sigsegv", "map", "eager")
 MODES: Final = ("r", "c")
 INSTALLS: Final = ("auto", "copy", "move")
 FORKS: Final = ("inherit", "drop")
@@ -87,7 +87,8 @@ class OpenOptions:
 
     mode: "r" (writing is an error) or "c" (copy-on-write: private, never written back).
     backend: "auto"; "uffd" (userfaultfd, kernel-context faults too); "uffd-user" (userfaultfd,
-        user-mode faults only); "map" (plain file mapping, uncompressed local files only);
+        user-mode faults only); "sigsegv" (protected pages, where userfaultfd is refused; user-mode
+        touches only); "map" (plain file mapping, uncompressed local files only);
         "eager" (read everything at open).
     install: "auto", "copy" (UFFDIO_COPY) or "move" (UFFDIO_MOVE of whole huge pages).
     threads: resolver threads, or None for one per processor (2 to 8). Decided by the first

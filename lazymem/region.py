@@ -25,7 +25,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _native
+from . import _native, ways
 from ._native import NativeError, NativeRegion, RegionSpec
 from .catalog import ArrayTables, Catalog, Layout
 from .errors import BackendUnavailable, SnapshotClosed
@@ -131,7 +131,9 @@ class Region(Memory):
         cls, url: str, layout: Layout, tables: ArrayTables, blobs: Sequence[Blob], fds: list[int],
         options: OpenOptions,
     ) -> NativeRegion:  # fmt: skip
-        wanted = ("uffd", "uffd-user", "eager") if options.backend == "auto" else (options.backend,)
+        wanted = (
+            ("uffd", "uffd-user", "sigsegv", "eager") if options.backend == "auto" else (options.backend,)
+        )
         refusals: list[str] = []
         remote = [blob for blob in blobs if isinstance(blob, RemoteBlob)]
         store = remote[0].options if remote else StoreOptions()
@@ -145,7 +147,7 @@ class Region(Memory):
                 fds=fds,
                 source_sizes=[blob.size for blob in blobs],
                 backend=backend,
-                install="auto" if backend == "eager" else options.install,
+                install=options.install if "uffd" in backend or options.backend == "sigsegv" else "auto",
                 writable=options.mode == "c",
                 dropped=options.fork == "drop",
                 threads=options.threads or 0,
@@ -165,16 +167,17 @@ class Region(Memory):
             except NativeError as error:
                 if error.code == _native.E_FEATURE and options.install == "move":
                     raise BackendUnavailable(
-                        f"{url}: install='move' needs chunks of whole huge pages (2 MiB; these have "
-                        f"{layout.chunk_size} bytes) and Linux 6.8; leave it out, and chunks are copied"
+                        f"{url}: install='move' needs userfaultfd, chunks of whole huge pages (2 MiB; these "
+                        f"have {layout.chunk_size} bytes) and Linux 6.8; leave it out, and chunks are copied"
                     ) from error
                 if error.code not in _REFUSALS:
                     raise cannot_open(url, layout, error) from error
                 refusals.append(str(error))
                 logger.info("%s: backend %s is not to be had: %s", url, backend, error)
+        why = ways.refusal(options.backend) or f"{', '.join(refusals)}; `lazymem doctor` says more"
         raise BackendUnavailable(
-            f"{url}: backend {options.backend!r} is not to be had here ({', '.join(refusals)}); `lazymem "
-            "doctor` says what to change, backend='auto' takes the best that there is"
+            f"{url}: backend {options.backend!r} is not to be had here: {why}. backend='auto' takes the best "
+            "that there is"
         )
 
     # ---- lifetime ----

@@ -86,7 +86,7 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
     @property
     def backend(self) -> str:
-        """How memory is filled: "uffd", "uffd-user", "map" or "eager"."""
+        """How memory is filled: "uffd", "uffd-user", "sigsegv", "map" or "eager"."""
         return self._region.backend
 
     @property

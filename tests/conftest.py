@@ -87,6 +87,36 @@ def long_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+#: What a way to lazy memory cannot do by its nature (README, *Where it runs*), by the backend that the suite
+#: is told to open with. A test says what it needs; what becomes of it where that is missing has tests, too.
+LACKS = {
+    "eager": {
+        "needs_lazy": "eager reads everything at open: nothing is left to be populated later",
+        "needs_userfaultfd": "eager needs no userfaultfd, and has no use for what it can do",
+    },
+    "sigsegv": {
+        "needs_kernel_touch": "a touch by the kernel is no signal: EFAULT, and lazymem.explain() says why",
+        "needs_userfaultfd": "sigsegv is what is taken where there is no userfaultfd",
+    },
+    "uffd-user": {
+        "needs_kernel_touch": "a touch by the kernel is not reported: EFAULT, and lazymem.explain() says why",
+    },
+    "uffd": {},
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`LAZYMEM_BACKEND=WAY pytest tests/integration` runs what that way can do, and says what it cannot."""
+    backend = os.environ.get("LAZYMEM_BACKEND", "auto")
+    if backend == "auto":
+        return
+    lacks = {"needs_mapping": f"backend {backend} maps nothing", **LACKS[backend]}
+    for item in items:
+        for mark, reason in lacks.items():
+            if item.get_closest_marker(mark) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Install servers before the first test: a download is not to run against a test's timeout."""
     if not session.config.option.collectonly:

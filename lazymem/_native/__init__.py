@@ -31,7 +31,7 @@ STATE_PRESENT: Final = 2
 STATE_FAILED: Final = 3
 STATE_POISONED: Final = 4
 
-BACKENDS: Final = {"uffd": 0, "uffd-user": 1, "eager": 2, "map": 3}
+BACKENDS: Final = {"uffd": 0, "uffd-user": 1, "eager": 2, "map": 3, "sigsegv": 4}
 INSTALLS: Final = {"auto": 0, "copy": 1, "move": 2}
 WAYS: Final = ("device", "syscall", "user-only")
 OPERATIONS: Final = ("copy", "zeropage", "wake", "poison", "move")
@@ -237,6 +237,11 @@ def probe() -> tuple[WayReport, ...]:
         worked = tuple(op for bit, op in enumerate(OPERATIONS) if report.can >> bit & 1)
         reports.append(WayReport(name, report.error, report.features, worked))
     return tuple(reports)
+
+
+def probe_sigsegv() -> int:
+    """0 if touches can be served as signals here, else why not: an errno."""
+    return -int(lib.lm_probe_sigsegv())
 
 
 def engine_counts() -> tuple[int, int]:

@@ -13,6 +13,7 @@
 
 #include "fetch.h"
 #include "sys.h"
+#include "trap.h"
 #include "uffd.h"
 
 #define LM_MESSAGES 16
@@ -249,10 +250,8 @@ void lm_engine_turn_away_locked(const struct lm_task *task)
     if (task->kind != LM_TASK_RECHECK)
         lm_table_publish(&region->table, task->chunk, LM_STATE_ABSENT);
     region->tasks--;
-    if (region->backend != LM_BACKEND_EAGER)
-        (void)lm_uffd_wake(engine->uffds[region->uffd].fd,
-                           (uintptr_t)region->base + (task->chunk << region->table.chunk_shift),
-                           (size_t)1 << region->table.chunk_shift);
+    region->pages->wake(region, region->base + (task->chunk << region->table.chunk_shift),
+                        (size_t)1 << region->table.chunk_shift);
 }
 
 /* Whoever serves the queue that a fault goes to: the courier where its bytes come over a network, and only
@@ -267,11 +266,38 @@ static struct lm_queue *queue_for(const struct lm_task *task)
     return queue;
 }
 
+/* Faults that one thread takes up, and what they came to: tasks for resolvers, the courier, composers. */
+struct intake { unsigned queued, asked, composed; };
+
+static void take_up_locked(struct intake *intake, uintptr_t address, uint64_t now)
+{
+    struct lm_queue *queue;
+    struct lm_task task;
+
+    if (!accept_fault_locked(address, now, &task))
+        return;
+    queue = queue_for(&task);
+    if (!lm_queue_push_task(queue, &task))
+        lm_engine_turn_away_locked(&task);
+    else
+        ++*(queue == &engine->remote      ? &intake->asked
+            : queue == &engine->composing ? &intake->composed
+                                          : &intake->queued);
+}
+
+static void rouse_locked(const struct intake *intake)
+{
+    if (intake->asked > 0)
+        lm_fetch_wake_locked();
+    if (intake->composed > 0)
+        pthread_cond_broadcast(&engine->work);
+}
+
 /* Read what the kernel has and queue it. */
-static void intake(int fd)
+static void read_messages(int fd)
 {
     struct lm_uffd_message messages[LM_MESSAGES];
-    unsigned queued = 0, asked = 0, composed = 0;
+    struct intake intake = { 0 };
     int count, i;
 
     do {
@@ -282,27 +308,36 @@ static void intake(int fd)
             lm_engine_note_lost();
         now = lm_sys_now_ns();
         pthread_mutex_lock(&engine->lock);
-        for (i = 0; i < count; i++) {
-            struct lm_queue *queue;
-            struct lm_task task;
-
-            if (messages[i].event != LM_UFFD_EVENT_PAGEFAULT ||
-                !accept_fault_locked((uintptr_t)messages[i].address, now, &task))
-                continue;
-            queue = queue_for(&task);
-            if (!lm_queue_push_task(queue, &task))
-                lm_engine_turn_away_locked(&task);
-            else
-                ++*(queue == &engine->remote ? &asked : queue == &engine->composing ? &composed : &queued);
-        }
-        if (asked > 0)
-            lm_fetch_wake_locked();
-        if (composed > 0)
-            pthread_cond_broadcast(&engine->work);
+        for (i = 0; i < count; i++)
+            if (messages[i].event == LM_UFFD_EVENT_PAGEFAULT)
+                take_up_locked(&intake, (uintptr_t)messages[i].address, now);
+        rouse_locked(&intake);
         pthread_mutex_unlock(&engine->lock);
     } while (count == LM_MESSAGES); /* the poller reports an edge: leave nothing behind */
-    if (queued > 1)
-        lm_sys_ring(engine->bell, queued - 1);
+    if (intake.queued > 1)
+        lm_sys_ring(engine->bell, intake.queued - 1);
+}
+
+/* The same for what threads have put into slots. */
+static void take_traps(void)
+{
+    struct intake intake = { 0 };
+    uintptr_t address;
+
+    while (lm_trap_take(&address)) {
+        const struct lm_region *region;
+
+        pthread_mutex_lock(&engine->lock);
+        region = find_locked(address);
+        if (region != NULL && region->pages == &lm_pages_trap)
+            take_up_locked(&intake, address, lm_sys_now_ns());
+        else
+            lm_trap_answer(address, 1, LM_TRAP_FOREIGN);
+        rouse_locked(&intake);
+        pthread_mutex_unlock(&engine->lock);
+    }
+    if (intake.queued > 1)
+        lm_trap_ring((int)intake.queued - 1);
 }
 
 /* ---- workers ---- */
@@ -396,7 +431,25 @@ static void *resolve(void *argument)
         if (tag == LM_BELL)
             (void)lm_sys_read(engine->bell, &one, sizeof one); /* somebody else may have taken it */
         else
-            intake(engine->uffds[tag].fd);
+            read_messages(engine->uffds[tag].fd);
+    }
+}
+
+static void *catch_traps(void *argument)
+{
+    struct lm_worker *worker = argument;
+    struct lm_task task;
+
+    for (;;) {
+        uint32_t rings = lm_trap_rings();
+
+        take_traps();
+        if (take(&task, false))
+            run(worker, &task);
+        else if (is_stopping())
+            return NULL;
+        else
+            lm_trap_sleep(rings);
     }
 }
 
@@ -470,6 +523,8 @@ static void init_sync(void)
 
 static int open_poller(void)
 {
+    if (engine->poller >= 0 && engine->bell >= 0)
+        return 0;
     if (engine->poller < 0)
         engine->poller = lm_sys_poller();
     if (engine->poller < 0)
@@ -523,7 +578,7 @@ static void lose_regions_locked(int index, int fd)
     for (i = 0; i < engine->region_count; i++) {
         struct lm_region *region = engine->regions[i];
 
-        if (region->backend == LM_BACKEND_EAGER || region->uffd != index)
+        if (region->pages != &lm_pages_uffd || region->uffd != index)
             continue;
         lose_region(region, "its descriptors were closed by the application", -EBADF);
         (void)lm_uffd_wake(fd, (uintptr_t)region->base, region->size);
@@ -600,8 +655,12 @@ static int start_threads(struct lm_worker *workers, int count, void *(*body)(voi
 
 int lm_engine_threads_locked(void)
 {
-    int error = start_threads(engine->resolvers, engine->resolver_count, resolve);
+    int error = 0;
 
+    if (engine->poller >= 0)
+        error = start_threads(engine->resolvers, engine->resolver_count, resolve);
+    if (error == 0 && engine->traps)
+        error = start_threads(engine->catchers, engine->resolver_count, catch_traps);
     if (error == 0)
         error = start_threads(engine->helpers, engine->helper_count, help);
     if (error == 0 && engine->composer_count > 0)
@@ -643,15 +702,23 @@ static void stop(void)
     pthread_mutex_unlock(&engine->lock);
     if (engine->bell >= 0 && !engine->lost)
         lm_sys_ring(engine->bell, LM_MAX_RESOLVERS);
+    if (engine->traps)
+        lm_trap_ring(LM_MAX_RESOLVERS);
     for (i = 0; i < LM_UFFD_COUNT; i++)
         if (engine->uffds[i].kept)
             pthread_join(engine->uffds[i].keeper, NULL);
     stop_threads(engine->resolvers, LM_MAX_RESOLVERS);
+    stop_threads(engine->catchers, LM_MAX_RESOLVERS);
     stop_threads(engine->helpers, LM_MAX_HELPERS);
     stop_threads(engine->composers, LM_COMPOSERS);
     engine->composer_count = 0;
     engine->has_helpers = false;
     close_descriptors();
+    if (engine->traps) {
+        lm_trap_serve(false);
+        lm_trap_uninstall();
+    }
+    engine->traps = false;
     lm_sys_free(engine->regions, engine->region_capacity * sizeof *engine->regions);
     engine->regions = NULL;
     engine->region_capacity = 0;
@@ -669,9 +736,7 @@ int lm_engine_acquire_locked(int threads)
     if (unprepared != 0)
         return unprepared;
     if (engine->users > 0) {
-        error = engine->poller < 0 || engine->bell < 0 ? open_poller() : 0; /* the child of a fork had none */
-        if (error == 0)
-            error = lm_engine_threads_locked();
+        error = lm_engine_threads_locked();
         engine->users += error == 0;
         return error;
     }
@@ -686,9 +751,7 @@ int lm_engine_acquire_locked(int threads)
     lm_queue_clear(&engine->early);
     lm_queue_clear(&engine->composing);
     pthread_mutex_unlock(&engine->lock);
-    error = open_poller();
-    if (error == 0)
-        error = lm_engine_threads_locked();
+    error = lm_engine_threads_locked();
     if (error < 0) {
         stop();
         return error;
@@ -764,13 +827,43 @@ static int open_uffd(int index)
     return error < 0 ? open_uffd_by(index, LM_WAY_SYSCALL) : error;
 }
 
+static bool has_uffds(void)
+{
+    int i;
+
+    for (i = 0; i < LM_UFFD_COUNT; i++)
+        if (engine->uffds[i].fd >= 0)
+            return true;
+    return false;
+}
+
 int lm_engine_uffd_locked(int backend, int *ret_index)
 {
     int index = backend == LM_BACKEND_UFFD_USER ? LM_UFFD_USER : LM_UFFD_FULL;
-    int error = engine->uffds[index].fd >= 0 ? 0 : open_uffd(index);
+    int error = open_poller();
 
+    if (error == 0 && engine->uffds[index].fd < 0)
+        error = open_uffd(index);
+    if (!has_uffds()) /* nothing to wait for: whoever goes on without needs no resolver */
+        close_descriptors();
+    if (error == 0)
+        error = lm_engine_threads_locked();
     if (error == 0)
         *ret_index = index;
+    return error;
+}
+
+int lm_engine_traps_locked(void)
+{
+    int error = engine->traps ? 0 : lm_probe_sigsegv();
+
+    if (error == 0)
+        error = lm_trap_install();
+    if (error < 0)
+        return error;
+    engine->traps = true;
+    error = lm_engine_threads_locked();
+    lm_trap_serve(error == 0);
     return error;
 }
 
@@ -781,7 +874,7 @@ int lm_engine_thread_count(void)
 
     pthread_mutex_lock(&engine->lifecycle);
     for (i = 0; i < LM_MAX_RESOLVERS; i++)
-        count += engine->resolvers[i].running;
+        count += engine->resolvers[i].running + engine->catchers[i].running;
     for (i = 0; i < LM_MAX_HELPERS; i++)
         count += engine->helpers[i].running;
     for (i = 0; i < LM_COMPOSERS; i++)
@@ -815,13 +908,17 @@ static void before_fork(void)
     sigset_t before = lm_sys_signals_block(); /* a handler in the child might touch what is not registered yet */
 
     pthread_mutex_lock(&engine->lifecycle);
+    lm_trap_before_fork();
     signals_before_fork = before;
 }
 
 static void after_fork_in_parent(void)
 {
     sigset_t before = signals_before_fork;
+    size_t i;
 
+    for (i = 0; i < engine->region_count; i++)
+        engine->regions[i]->stage_shared = true;
     pthread_mutex_unlock(&engine->lifecycle);
     lm_sys_signals_restore(&before);
 }
@@ -832,31 +929,14 @@ static void forget_workers(struct lm_worker *workers, int count)
     memset(workers, 0, (size_t)count * sizeof *workers);
 }
 
-static int register_again(struct lm_region *region)
+static void revive_region(struct lm_region *region, const int *errors, int error)
 {
-    uint64_t i, ioctls;
-    int error = 0;
-
-    for (i = 0; i < region->registered_count && error == 0; i++)
-        error = lm_uffd_register(engine->uffds[region->uffd].fd,
-                                 (uintptr_t)region->base + region->registered[i].start,
-                                 region->registered[i].length, &ioctls);
-    return error;
-}
-
-static void revive_region(struct lm_region *region, const int *errors)
-{
-    int error;
-
     region->tasks = region->calls = region->touching = 0; /* not its errors: what failed heals here, too */
     region->closing = region->leaving = false; /* whoever was closing it is not here */
     memset(region->ahead, 0, sizeof region->ahead);
-    if (region->backend == LM_BACKEND_EAGER || engine->lost)
+    if (region->pages == &lm_pages_uffd && engine->lost)
         return;
-    lm_table_abandon(&region->table);
-    error = errors[region->uffd];
-    if (error == 0)
-        error = register_again(region);
+    error = region->pages->revive(region, region->pages == &lm_pages_uffd ? errors[region->uffd] : error);
     if (error < 0)
         lose_region(region, "after fork, in the child", error);
 }
@@ -883,7 +963,7 @@ static void revive(void)
 {
     int errors[LM_UFFD_COUNT] = { 0 };
     bool used[LM_UFFD_COUNT];
-    bool ran = engine->users > 0, remote = false, composers = engine->composer_count > 0;
+    bool ran = engine->users > 0, polls = false, remote = false, composers = engine->composer_count > 0;
     int index, error;
     size_t i;
 
@@ -901,21 +981,30 @@ static void revive(void)
         return;
     lm_queue_clear(&engine->queue);
     forget_workers(engine->resolvers, LM_MAX_RESOLVERS);
+    forget_workers(engine->catchers, LM_MAX_RESOLVERS);
     forget_workers(engine->helpers, LM_MAX_HELPERS);
     forget_workers(engine->composers, LM_COMPOSERS);
     engine->has_helpers = false;
-    for (index = 0; index < LM_UFFD_COUNT; index++)
+    for (index = 0; index < LM_UFFD_COUNT; index++) {
         used[index] = engine->uffds[index].fd >= 0;
+        polls = polls || used[index];
+    }
     close_descriptors(); /* this process's copies only; the parent's go on */
+    if (engine->traps)
+        lm_trap_after_fork();
     if (engine->users == 0) {
         stop(); /* of what runs nothing is left; what it held goes */
         return;
     }
-    if (error == 0)
+    if (error == 0 && polls)
         error = open_poller();
     /* One thread will do until the child asks for more (lm_region_prefetch, another open). */
-    if (error == 0)
+    if (error == 0 && polls)
         error = start_threads(engine->resolvers, 1, resolve);
+    if (error == 0 && engine->traps) {
+        error = start_threads(engine->catchers, 1, catch_traps);
+        lm_trap_serve(error == 0);
+    }
     if (error == 0 && remote) { /* what the courier brings is for helpers */
         error = start_threads(engine->helpers, 1, help);
         engine->has_helpers = error == 0;
@@ -931,7 +1020,7 @@ static void revive(void)
             errors[index] = open_uffd_by(index, LM_WAY_USER_ONLY);
     }
     for (i = 0; i < engine->region_count; i++)
-        revive_region(engine->regions[i], errors);
+        revive_region(engine->regions[i], errors, error);
 }
 
 static void after_fork_in_child(void)

@@ -3,7 +3,7 @@
  * engine.h: what engine.c, populate.c, region.c and report.c share. Not for anybody else.
  *
  * One engine a process: its resolver threads read the userfaultfds and resolve demand faults, its
- * helper threads populate what was asked for beforehand. It runs while at least one region that needs
+ * catchers do the same for faults that come as signals, its helper threads populate what was asked for beforehand. It runs while at least one region that needs
  * it is open.
  *
  * Locks, in the order in which they may be taken (DESIGN.md has the reasons):
@@ -20,7 +20,9 @@
 #include <stdbool.h>
 
 #include "lazymem.h"
+#include "pages.h"
 #include "queue.h"
+#include "sys.h"
 #include "table.h"
 
 #define LM_MAX_RESOLVERS 64
@@ -44,6 +46,9 @@ struct lm_extent { uint64_t start, length; }; /* bytes, from the region's base *
  * count of the region's touches, 0 for none. */
 struct lm_scan { uint64_t last, end, window, used; unsigned streak; };
 
+/* A memfd, and what tells it from whatever else its number may come to lead to. */
+struct lm_stage { int fd; struct lm_sys_file file; };
+
 struct lm_region {
     struct lm_table table;
     uint64_t serial; /* no other region of this process has or had it; not 0 */
@@ -56,6 +61,7 @@ struct lm_region {
     uint64_t size; /* whole chunks, or whole pages for a plain mapping */
     size_t memory; /* bytes of the allocation that holds this and the tables below */
     int backend, install, prot;
+    const struct lm_pages *pages; /* NULL: a plain mapping */
     bool writable;
     bool dropped; /* children of a fork do not get the memory */
     int process;  /* the one that opened it */
@@ -65,6 +71,10 @@ struct lm_region {
     uint64_t registered_count;
 
     _Atomic bool lost;    /* its memory is inaccessible for good (lose_region) */
+    struct lm_stage stage;     /* LM_BACKEND_SIGSEGV: where its chunks lie. Under lock */
+    unsigned stage_users;      /* threads in the middle of an install. Under lock */
+    _Atomic bool stage_shared; /* with another process, that came of a fork */
+
     _Atomic bool guarded; /* some chunk was poisoned by PROT_NONE, for want of UFFDIO_POISON */
 
     bool remote; /* `sources` are used, and not `fds` */
@@ -126,11 +136,13 @@ struct lm_engine {
     pthread_cond_t end;      /* keepers wait here */
 
     unsigned users; /* regions that need the engine */
+    bool traps; /* one of them takes its touches as signals, or did */
     /* Under lock. The child of a fork starts without helpers. lost: our descriptors were closed. */
     bool stopping, has_helpers, lost;
-    int poller, bell;
+    int poller, bell; /* -1 while there is no userfaultfd */
     struct lm_uffd uffds[LM_UFFD_COUNT];
     int resolver_count, helper_count, composer_count; /* wanted */
+    struct lm_worker catchers[LM_MAX_RESOLVERS]; /* resolvers of traps */
     struct lm_worker resolvers[LM_MAX_RESOLVERS], helpers[LM_MAX_HELPERS], composers[LM_COMPOSERS];
     unsigned composing_ahead; /* composers at work for nobody who waits. Under lock */
 
@@ -149,6 +161,7 @@ extern struct lm_engine lm_engine;
 int lm_engine_acquire_locked(int threads); /* start if need be */
 void lm_engine_release_locked(void);       /* stop after the last */
 int lm_engine_uffd_locked(int backend, int *ret_index);
+int lm_engine_traps_locked(void);          /* have touches that come as signals served */
 int lm_engine_threads_locked(void);        /* have all wanted threads run */
 int lm_engine_composers_locked(void);      /* composers are wanted, too */
 int lm_engine_insert(struct lm_region *region);

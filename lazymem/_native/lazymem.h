@@ -141,6 +141,8 @@ typedef struct {
 } lm_way_report;
 
 int lm_probe_way(int way, lm_way_report *ret_report);
+/* Whether LM_BACKEND_SIGSEGV can work here: 0 or a negative errno. */
+int lm_probe_sigsegv(void);
 
 /* ---- the fetcher ----
  *
@@ -244,6 +246,7 @@ uint64_t lm_fetcher_starts(void); /* in this process, restarts counted */
 #define LM_BACKEND_UFFD_USER 1
 #define LM_BACKEND_EAGER     2 /* no faults: everything is read by lm_region_open */
 #define LM_BACKEND_MAP       3 /* plain file mappings, no engine */
+#define LM_BACKEND_SIGSEGV   4 /* protected pages: a touch is a signal */
 
 #define LM_INSTALL_AUTO 0
 #define LM_INSTALL_COPY 1
@@ -264,7 +267,7 @@ typedef struct {
 typedef struct {
     uint64_t content_size;      /* bytes; the region is this rounded up to whole chunks */
     uint32_t chunk_size;        /* power of two, 64 KiB to 64 MiB */
-    int backend;                /* LM_BACKEND_UFFD, _UFFD_USER or _EAGER */
+    int backend;                /* LM_BACKEND_*, but not _MAP */
     int install;                /* LM_INSTALL_* */
     int writable;               /* 0: mode "r"; 1: mode "c" */
     int dropped;                /* 1: children of a fork do not get the memory. See lm_region_open_map */

@@ -1,18 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * populate.c: chunk -> bytes -> pages. Reads the stored bytes, checks and decodes them into memory of
- * the worker's own, and installs that.
+ * the worker's own, and has that installed (pages.h).
  *
- * Some facts: a page appears to every thread at once the moment it is installed, so bytes must be final
- * before. UFFDIO_COPY copies from a warm buffer into fresh 4 KiB pages; UFFDIO_MOVE takes the worker's
- * huge page away and leaves a hole, which the next chunk fills with a fresh one. MOVE needs both sides
- * writable, whole huge pages, and pages that no child of a fork shares; where it refuses (EBUSY,
- * EEXIST, EINVAL ...) the rest is copied: COPY always works.
+ * A page appears to every thread at once the moment it is installed, so bytes must be final before.
  */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include "codec.h"
@@ -20,7 +14,6 @@
 #include "engine.h"
 #include "fetch.h"
 #include "sys.h"
-#include "uffd.h"
 
 #define LM_POISON_ATTEMPTS 100 /* a second; then all of it is tried again, the line included */
 #define LM_FETCH_ATTEMPTS 3 /* to bring bytes that match their checksum; the fetcher's own come on top */
@@ -114,60 +107,6 @@ static int produce(struct lm_worker *worker, const struct lm_task *task, unsigne
     return error;
 }
 
-static int install(struct lm_region *region, unsigned char *to, const unsigned char *from, bool by_move)
-{
-    size_t length = (size_t)1 << region->table.chunk_shift, moved = 0;
-    int fd;
-
-    if (region->backend == LM_BACKEND_EAGER)
-        return 0; /* decoded in place: nobody sees the region before it is whole */
-    fd = lm_engine.uffds[region->uffd].fd;
-    if (by_move) {
-        (void)lm_uffd_move(fd, (uintptr_t)to, (void *)(uintptr_t)from, length, &moved);
-        if (moved == length) {
-            add(&region->counters.moved_chunks, 1);
-            return 0;
-        }
-    }
-    return lm_uffd_copy(fd, (uintptr_t)(to + moved), from + moved, length - moved);
-}
-
-static int install_zeros(struct lm_region *region, unsigned char *to)
-{
-    size_t length = (size_t)1 << region->table.chunk_shift;
-
-    if (region->backend == LM_BACKEND_EAGER)
-        return 0; /* fresh anonymous memory */
-    return lm_uffd_zero(lm_engine.uffds[region->uffd].fd, (uintptr_t)to, length);
-}
-
-static void wake(struct lm_region *region, unsigned char *at, size_t length)
-{
-    if (region->backend != LM_BACKEND_EAGER)
-        (void)lm_uffd_wake(lm_engine.uffds[region->uffd].fd, (uintptr_t)at, length);
-}
-
-/* Make every missing page of the chunk raise a signal in whoever touches it. */
-static int poison(struct lm_region *region, unsigned char *at)
-{
-    size_t length = (size_t)1 << region->table.chunk_shift;
-    const struct lm_uffd *uffd = &lm_engine.uffds[region->uffd];
-
-    if ((uffd->can & LM_CAN_POISON) && lm_uffd_poison(uffd->fd, (uintptr_t)at, length) == 0)
-        return 0;
-    /* Kernels before 6.6, and no memory for it: SIGSEGV in place of SIGBUS, but never zeros. */
-    atomic_store(&region->guarded, true);
-    return lm_sys_protect(at, length, PROT_NONE);
-}
-
-/* Undo the second way of poison(), before pages that are about to be right become reachable. */
-static int heal(struct lm_region *region, unsigned char *at)
-{
-    if (!atomic_load(&region->guarded))
-        return 0;
-    return lm_sys_protect(at, (size_t)1 << region->table.chunk_shift, region->prot);
-}
-
 static void record_error(struct lm_region *region, uint64_t chunk, int code, const char *text)
 {
     add(&region->counters.chunks_failed, 1);
@@ -194,10 +133,10 @@ static void settle_failure(const struct lm_task *task, int code, const char *tex
     /* The line comes first: the signal may end the process. */
     lm_report_failed_touch(region, chunk, code, text);
     /* Without memory even for that, as a touch of any memory would, it waits for some. */
-    for (attempt = 0; (error = poison(region, at)) < 0 && attempt < LM_POISON_ATTEMPTS; attempt++)
+    for (attempt = 0; (error = region->pages->poison(region, at)) < 0 && attempt < LM_POISON_ATTEMPTS; attempt++)
         (void)usleep(10000);
     lm_table_publish(&region->table, chunk, error < 0 ? LM_STATE_ABSENT : LM_STATE_POISONED);
-    wake(region, at, (size_t)1 << region->table.chunk_shift);
+    region->pages->wake(region, at, (size_t)1 << region->table.chunk_shift);
 }
 
 static void count_success(struct lm_region *region, const struct lm_task *task, size_t length)
@@ -214,17 +153,6 @@ static void count_success(struct lm_region *region, const struct lm_task *task, 
     waited = lm_sys_now_ns() - task->start_ns;
     bucket = 63 - __builtin_clzll(waited | 1);
     add(&region->counters.latency[bucket < LM_LATENCY_BUCKETS ? bucket : LM_LATENCY_BUCKETS - 1], 1);
-}
-
-/* A fault message for a chunk that is present: nearly always one that was sent before the chunk was
- * put in place. A page that is truly missing was given back by the application (MADV_DONTNEED on
- * memory it sees as its own): it gets the snapshot's bytes again, as a file mapping would. */
-static bool page_is_resident(const struct lm_task *task)
-{
-    unsigned char resident = 0;
-    uintptr_t page = (uintptr_t)(task->address & ~(uint64_t)(lm_sys_page_size() - 1));
-
-    return lm_sys_resident((void *)page, lm_sys_page_size(), &resident) == 0 && (resident & 1);
 }
 
 /* The chunk's bytes, ready to be installed, at *ret_bytes; NULL for zeros. text: as for lm_compose. */
@@ -248,18 +176,6 @@ static int prepare(struct lm_worker *worker, const struct lm_task *task, const u
         return error < 0 ? error : produce(worker, task, target, ret_bytes);
     *ret_bytes = target;
     return lm_compose(worker, task, target, text);
-}
-
-static int install_any(struct lm_region *region, unsigned char *at, const unsigned char *bytes, bool by_move)
-{
-    int error = heal(region, at);
-
-    if (error < 0)
-        return error;
-    error = bytes == NULL ? install_zeros(region, at) : install(region, at, bytes, by_move);
-    if (error == -EBADF || error == -ENOTTY)
-        lm_engine_note_lost();
-    return error;
 }
 
 /* The chunk is LOADING and this thread's: have its bytes brought, once more perhaps. */
@@ -300,10 +216,11 @@ static bool recheck(const struct lm_task *task)
 {
     struct lm_region *region = task->region;
 
-    if (!page_is_resident(task) && lm_table_reclaim(&region->table, task->chunk))
+
+    if (region->pages->was_given_back((uintptr_t)task->address) && lm_table_reclaim(&region->table, task->chunk))
         return true;
-    wake(region, region->base + (task->chunk << region->table.chunk_shift),
-         (size_t)1 << region->table.chunk_shift);
+    region->pages->wake(region, region->base + (task->chunk << region->table.chunk_shift),
+                        (size_t)1 << region->table.chunk_shift);
     return false;
 }
 
@@ -337,7 +254,7 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
     }
     time = lm_sys_now_ns();
     if (error == 0) /* bytes in the memory shared with the fetcher stay there: only copied */
-        error = install_any(region, at, bytes, by_move && bytes == worker->plain);
+        error = region->pages->install(region, at, bytes, by_move && bytes == worker->plain);
     if (error < 0) {
         settle_failure(task, error, task->range != NULL && task->error != 0 ? task->range->text : text);
         return error;
@@ -346,6 +263,6 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
     (void)lap(&region->counters.install_ns, time);
     count_success(region, task, chunk_size);
     lm_table_publish(&region->table, task->chunk, LM_STATE_PRESENT);
-    wake(region, at, chunk_size);
+    region->pages->wake(region, at, chunk_size);
     return 0;
 }

@@ -13,6 +13,7 @@
 #include "fetch.h"
 #include "source.h"
 #include "sys.h"
+#include "trap.h"
 #include "uffd.h"
 
 /* Runs of zeros at least this long are not registered: the kernel's own zero pages serve them, without
@@ -126,6 +127,8 @@ static void give_back(struct lm_region *region)
 {
     int i;
 
+    if (region->pages == &lm_pages_trap)
+        lm_pages_trap_detach(region);
     if (!region->dropped || region->process == lm_sys_process()) /* else it is not ours, whatever lies there */
         lm_sys_free(region->base, region->size);
     region->base = NULL;
@@ -189,6 +192,17 @@ static bool is_chunk_size(uint32_t size)
     return size >= (64u << 10) && size <= (64u << 20) && (size & (size - 1)) == 0 && size >= lm_sys_page_size();
 }
 
+static const struct lm_pages *pages_of(int backend)
+{
+    switch (backend) {
+    case LM_BACKEND_UFFD:
+    case LM_BACKEND_UFFD_USER: return &lm_pages_uffd;
+    case LM_BACKEND_SIGSEGV: return &lm_pages_trap;
+    case LM_BACKEND_EAGER: return &lm_pages_eager;
+    default: return NULL;
+    }
+}
+
 static int check_spec(const lm_region_spec *spec)
 {
     uint64_t i;
@@ -197,7 +211,7 @@ static int check_spec(const lm_region_spec *spec)
         spec->content_size == 0 || spec->content_size > (UINT64_C(1) << 46) ||
         spec->source_count < 0 || spec->source_count > 65535 || spec->url == NULL)
         return -EINVAL;
-    if (spec->backend < LM_BACKEND_UFFD || spec->backend > LM_BACKEND_EAGER)
+    if (pages_of(spec->backend) == NULL)
         return -EINVAL;
     if (spec->strip_count > 0 && (!is_chunk_size(spec->stock_chunk_size) || spec->stock_size == 0 ||
                                   spec->stock_size > (UINT64_C(1) << 46) || lm_compose_check(spec) < 0))
@@ -286,9 +300,16 @@ static int add_registered(struct lm_region *region, uint64_t start, uint64_t end
     return error;
 }
 
-static int register_ranges(struct lm_region *region, uint64_t hole_size)
+static int leave_zeros(struct lm_region *region, uint64_t start, uint64_t length)
+{
+    return region->pages == &lm_pages_trap ? lm_pages_trap_leave_zeros(region, start, length) : 0;
+}
+
+/* Have touches wait, but in long stretches of zeros. */
+static int watch_ranges(struct lm_region *region, uint64_t hole_size)
 {
     const struct lm_table *table = &region->table;
+    bool registers = region->pages == &lm_pages_uffd;
     uint64_t start = 0, i;
     int error = 0;
 
@@ -299,10 +320,10 @@ static int register_ranges(struct lm_region *region, uint64_t hole_size)
 
         if (run->first_record != LM_ZERO_RUN || length < hole_size)
             continue;
-        error = add_registered(region, start, first);
+        error = registers ? add_registered(region, start, first) : leave_zeros(region, first, length);
         start = first + length;
     }
-    return error < 0 ? error : add_registered(region, start, region->size);
+    return error < 0 || !registers ? error : add_registered(region, start, region->size);
 }
 
 /* lifecycle is held; on failure the caller destroys the region. */
@@ -311,26 +332,36 @@ static int attach_locked(struct lm_region *region, const lm_region_spec *spec, u
     const struct lm_uffd *uffd = NULL;
     int error = 0;
 
-    if (spec->backend != LM_BACKEND_EAGER) {
+    if (region->pages == &lm_pages_uffd) {
         error = lm_engine_uffd_locked(spec->backend, &region->uffd);
-        if (error < 0)
-            return error;
         uffd = &lm_engine.uffds[region->uffd];
+    } else if (region->pages == &lm_pages_trap) {
+        error = lm_engine_traps_locked();
     }
+    if (error < 0)
+        return error;
     region->install = choose_install(spec, uffd);
     if (region->install < 0)
         return region->install;
     region->prot = PROT_READ;
-    if (spec->writable || region->install == LM_INSTALL_MOVE || uffd == NULL)
+    if (spec->writable || region->install == LM_INSTALL_MOVE || region->pages == &lm_pages_eager)
         region->prot |= PROT_WRITE;
     error = reserve(region);
+    if (error < 0)
+        return error;
+    if (region->pages == &lm_pages_trap)
+        error = lm_pages_trap_attach(region);
+    if (error == 0)
+        error = watch_ranges(region, hole_size);
     if (error == 0)
         error = keep_from_children(region);
-    if (error == 0 && uffd != NULL)
-        error = register_ranges(region, hole_size);
-    if (error == 0)
+    if (error == 0 && region->pages != &lm_pages_trap)
         error = lm_sys_protect(region->base, region->size, region->prot);
-    return error < 0 ? error : lm_engine_insert(region);
+    if (error == 0)
+        error = lm_engine_insert(region);
+    if (error < 0 && region->pages == &lm_pages_trap)
+        lm_pages_trap_detach(region); /* while lifecycle is held */
+    return error;
 }
 
 int lm_region_open(const lm_region_spec *spec, lm_region **ret_region)
@@ -348,6 +379,8 @@ int lm_region_open(const lm_region_spec *spec, lm_region **ret_region)
     if (error < 0)
         return error;
     region->backend = spec->backend;
+    region->pages = pages_of(spec->backend);
+    region->stage.fd = -1;
     region->writable = spec->writable != 0;
     region->dropped = spec->dropped != 0;
     region->process = lm_sys_process();
@@ -712,6 +745,8 @@ static int queue_spans(struct lm_region *region, const lm_chunk_span *spans, int
 
     pthread_mutex_lock(&lm_engine.lifecycle);
     error = lm_engine_threads_locked();
+    if (region->pages == &lm_pages_trap)
+        (void)lm_trap_install(); /* somebody may have put a handler over ours */
     pthread_mutex_unlock(&lm_engine.lifecycle);
     if (error < 0)
         return error;
@@ -888,17 +923,15 @@ int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeou
 static void evict_chunk(struct lm_region *region, uint64_t chunk)
 {
     LM_HOLD_SIGNALS;
-    size_t size = (size_t)1 << region->table.chunk_shift;
     unsigned char *at = region->base + (chunk << region->table.chunk_shift);
     int error;
 
     if (lm_table_record(&region->table, chunk) == NULL || !lm_table_evict(&region->table, chunk))
         return;
-    /* Memory that the application has locked stays. */
-    error = lm_sys_advise(at, size, MADV_DONTNEED);
+    error = region->pages->evict(region, at); /* memory that the application has locked stays */
     lm_table_publish(&region->table, chunk, error < 0 ? LM_STATE_PRESENT : LM_STATE_ABSENT);
     /* Whoever touched it meanwhile was told to wait for its owner. */
-    (void)lm_uffd_wake(lm_engine.uffds[region->uffd].fd, (uintptr_t)at, size);
+    region->pages->wake(region, at, (size_t)1 << region->table.chunk_shift);
 }
 
 /* What was asked for before is not wanted any more. */

@@ -4,6 +4,7 @@
  * thread that is about to get SIGBUS may hold any lock of the C library or of Python.
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -24,6 +25,7 @@ static const char *cause(int code, char *buffer, size_t length)
     case LM_E_DENIED: return "the store refuses access";
     case LM_E_CHANGED: return "the object was replaced after it was opened";
     case LM_E_LOST: return "its memory cannot be served any more";
+    case -EBADF: return "the application has closed descriptors of lazymem";
     case LM_E_FETCHER: return "the fetcher does not answer";
     default:
         /* Not strerror: this one has no translation catalogue, hence no allocation. */

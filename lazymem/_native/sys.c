@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/futex.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -106,6 +107,24 @@ int lm_sys_pread_patiently(int fd, void *buffer, size_t length, uint64_t offset)
     return error;
 }
 
+int lm_sys_pwrite_full(int fd, const void *buffer, size_t length, uint64_t offset)
+{
+    const char *from = buffer;
+
+    while (length > 0) {
+        ssize_t wrote = pwrite(fd, from, length, (off_t)offset);
+
+        if (wrote < 0 && errno == EINTR)
+            continue;
+        if (wrote <= 0)
+            return wrote == 0 ? -ENOSPC : -errno;
+        from += wrote;
+        length -= (size_t)wrote;
+        offset += (uint64_t)wrote;
+    }
+    return 0;
+}
+
 int64_t lm_sys_written_ns(int fd)
 {
     struct stat info;
@@ -113,6 +132,16 @@ int64_t lm_sys_written_ns(int fd)
     if (fstat(fd, &info) < 0)
         return -errno;
     return (int64_t)info.st_mtim.tv_sec * 1000000000 + info.st_mtim.tv_nsec;
+}
+
+int lm_sys_identify(int fd, struct lm_sys_file *ret_file)
+{
+    struct stat info;
+
+    if (fstat(fd, &info) < 0)
+        return -errno;
+    *ret_file = (struct lm_sys_file){ .device = info.st_dev, .inode = info.st_ino };
+    return 0;
 }
 
 int lm_sys_dup(int fd)
@@ -271,9 +300,16 @@ int lm_sys_map_shared(int fd, size_t length, void **ret_memory)
 
 int lm_sys_map_fixed(void *address, size_t length, int prot, int flags, int fd, uint64_t offset)
 {
-    void *memory = mmap(address, length, prot, flags | MAP_FIXED, fd, (off_t)offset);
+    /* Not the library's function: ThreadSanitizer would take the mapping for a write to the range by this
+     * thread, and report every reader of it. */
+    long memory = syscall(SYS_mmap, address, length, prot, flags | MAP_FIXED, fd, offset);
 
-    return memory == MAP_FAILED ? -errno : 0;
+    return memory == -1 ? -errno : 0;
+}
+
+int lm_sys_punch(int fd, uint64_t offset, size_t length)
+{
+    return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length) < 0 ? -errno : 0;
 }
 
 int lm_sys_protect(void *address, size_t length, int prot)
@@ -440,4 +476,50 @@ int lm_sys_thread_start(pthread_t *ret_thread, void *(*run)(void *), void *argum
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
     return -error;
+}
+
+int lm_sys_thread_id(void)
+{
+    return (int)syscall(SYS_gettid);
+}
+
+void lm_sys_futex_wait(_Atomic uint32_t *word, uint32_t value, int timeout_ms)
+{
+    struct timespec timeout = { timeout_ms / 1000, timeout_ms % 1000 * 1000000L };
+
+    (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, timeout_ms < 0 ? NULL : &timeout, NULL, 0);
+}
+
+void lm_sys_futex_wake(_Atomic uint32_t *word, int threads)
+{
+    (void)syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, threads, NULL, NULL, 0);
+}
+
+bool lm_sys_can_read(uintptr_t address)
+{
+    /* The kernel reads the mask before it looks at the first argument, which means nothing. */
+    (void)syscall(SYS_rt_sigprocmask, -1, address & ~(uintptr_t)7, NULL, 8);
+    return errno == EINVAL;
+}
+
+bool lm_sys_can_write(uintptr_t address)
+{
+    static _Atomic uint32_t nobody; /* waits here */
+
+    /* Adds nothing, atomically. Somebody who waits on that very word may be woken, as he has to expect. */
+    return syscall(SYS_futex, &nobody, FUTEX_WAKE_OP_PRIVATE, 0, NULL, address & ~(uintptr_t)3,
+                   FUTEX_OP(FUTEX_OP_ADD, 0, FUTEX_OP_CMP_LT, -2048)) >= 0;
+}
+
+int lm_sys_signal_action(int number, const struct sigaction *action, struct sigaction *ret_before)
+{
+    return sigaction(number, action, ret_before) < 0 ? -errno : 0;
+}
+
+void lm_sys_signal_self(int number, siginfo_t *info)
+{
+    pid_t process = getpid(), thread = lm_sys_thread_id();
+
+    if (syscall(SYS_rt_tgsigqueueinfo, process, thread, number, info) < 0)
+        (void)syscall(SYS_tgkill, process, thread, number);
 }

@@ -10,6 +10,8 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <time.h>
@@ -28,8 +30,12 @@ int lm_sys_ioctl(int fd, unsigned long request, void *argument);
 int lm_sys_pread_full(int fd, void *buffer, size_t length, uint64_t offset);
 /* The same, tried again: EIO of a disk can pass, a short file does not. */
 int lm_sys_pread_patiently(int fd, void *buffer, size_t length, uint64_t offset);
+int lm_sys_pwrite_full(int fd, const void *buffer, size_t length, uint64_t offset);
 /* When a file was last written to, in ns; negative: -errno. */
 int64_t lm_sys_written_ns(int fd);
+/* Which file a descriptor leads to: numbers are used again, these are not. */
+struct lm_sys_file { uint64_t device, inode; };
+int lm_sys_identify(int fd, struct lm_sys_file *ret_file);
 int lm_sys_dup(int fd); /* close-on-exec */
 void lm_sys_close(int fd);
 int lm_sys_open(const char *path, int flags); /* close-on-exec */
@@ -57,7 +63,10 @@ int lm_sys_grow_buffer(void **memory, size_t *length, size_t wanted);
 /* A memfd of that size, for good; shared with whoever gets the descriptor. */
 int lm_sys_shared_memory(size_t length);
 int lm_sys_map_shared(int fd, size_t length, void **ret_memory);
+/* In one step: no thread ever sees the range without a mapping. */
 int lm_sys_map_fixed(void *address, size_t length, int prot, int flags, int fd, uint64_t offset);
+/* Give the pages of a memfd's range back; it holds zeros then. */
+int lm_sys_punch(int fd, uint64_t offset, size_t length);
 int lm_sys_protect(void *address, size_t length, int prot);
 int lm_sys_advise(void *address, size_t length, int advice);
 int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages);
@@ -93,5 +102,20 @@ void lm_sys_signals_restore(const sigset_t *before);
 
 /* A thread with all signals blocked: the application's handlers never run on it. */
 int lm_sys_thread_start(pthread_t *ret_thread, void *(*run)(void *), void *argument);
+
+/* ---- what a signal handler may call ---- */
+
+int lm_sys_thread_id(void);
+/* Sleep while *word is `value`, at most timeout_ms (negative: for ever). May return early. */
+void lm_sys_futex_wait(_Atomic uint32_t *word, uint32_t value, int timeout_ms);
+void lm_sys_futex_wake(_Atomic uint32_t *word, int threads);
+/* Whether a thread of this process may read, or write, the aligned word that holds `address`: tried by the
+ * kernel, so that there is no signal. Nothing changes, but a private page is made this process's own. */
+bool lm_sys_can_read(uintptr_t address);
+bool lm_sys_can_write(uintptr_t address);
+/* Either may be NULL. */
+int lm_sys_signal_action(int number, const struct sigaction *action, struct sigaction *ret_before);
+/* Send this thread a signal, with that information about it. */
+void lm_sys_signal_self(int number, siginfo_t *info);
 
 #endif

@@ -20,6 +20,7 @@ _COLUMN: Final = 40
 _BACKENDS: Final = {
     "uffd": "every touch is lazy",
     "uffd-user": "touches by your code are lazy, those from inside the kernel are not",
+    "sigsegv": "touches by your code are lazy; those from inside the kernel are not",
     "eager": "compressed snapshots are read whole when they are opened",
 }
 
@@ -29,8 +30,10 @@ _BACKENDS: Final = {
 def doctor(as_json: bool) -> None:
     """Say what this machine offers, what lazymem makes of it, and the one change that would give more.
 
-    Tries each way to userfaultfd on throw-away pages and changes nothing. Bytes are right whichever
-    way is taken; what differs is which touches may be lazy.
+    Tries each way to lazy memory on throw-away pages and changes nothing. Bytes are right whichever
+    way is taken; what differs is which touches may be lazy. Exit status 0, whichever it is: scripts
+    read `--json`, where "backend" is the one that is taken, "ways" says why not another, and
+    "change" what would give a better one (null where there is none).
 
     \b
     Examples:
@@ -69,7 +72,9 @@ def _print(report: Report) -> None:
     out.print(
         Text(f"  {report.backend}", style=style).append(f": {_BACKENDS[report.backend]}", style="default")
     )
-    if report.way is not None:
+    if report.backend == "sigsegv":
+        prose(f"Touches come as {report.way}; chunks are mapped into place.")
+    elif report.way is not None:
         prose(f"Faults come through {report.way}; chunks are put in place by {report.install}.")
     for text in report.cannot:
         prose(f"It cannot {text}")

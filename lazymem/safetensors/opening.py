@@ -22,7 +22,7 @@ Metadata = dict[str, str] | None
 watchers: list[list[str]] = []
 
 #: Ways to fill memory that do not map the file, the best first.
-_WITHOUT_MAPPING: Final = ("uffd", "uffd-user", "eager")
+_WITHOUT_MAPPING: Final = ("uffd", "uffd-user", "sigsegv", "eager")
 
 
 def open_weights(

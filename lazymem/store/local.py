@@ -15,7 +15,7 @@ import secrets
 import stat
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Final, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 from ..errors import AccessDenied, BuildError, ReadError, SnapshotChanged, SnapshotNotFound
 
@@ -146,11 +146,12 @@ class LocalBlob:
             raise ReadError(f"{self._url}: is closed; open it again", url=self._url)
         return self._fd
 
-    def close(self, _close: Callable[[int], None] = os.close) -> None:
-        # A default: __del__ may come at interpreter exit, when this module's names are gone already.
+    def close(self, _close: Callable[[int], None] = os.close, suppress: Any = contextlib.suppress) -> None:
+        # Defaults: __del__ may come at interpreter exit, when this module's names are gone already.
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            _close(fd)
+            with suppress(OSError):  # the application has closed all descriptors
+                _close(fd)
 
     def __enter__(self) -> LocalBlob:
         return self
@@ -159,8 +160,7 @@ class LocalBlob:
         self.close()
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError):  # the application has closed all descriptors
-            self.close()
+        self.close()
 
     def __repr__(self) -> str:
         return f"LocalBlob({self._url!r})"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from .. import users
 from ..children import check_child, run_child
 
 if TYPE_CHECKING:
@@ -208,19 +209,10 @@ print("level")
     assert out == "level\n"
 
 
-def others_may_run(path: str) -> bool:
-    file = Path(path).resolve()
-    return all(one.stat().st_mode & 0o001 for one in (file, *file.parents))
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which needs root")
-@pytest.mark.skipif(not others_may_run(sys.executable), reason="other users may not run this interpreter")
 def test_ordinary_user_reads_right_bytes(url: str) -> None:
+    users.demand()
     out = check_child(
-        "import os\nos.setgroups([]); os.setgid(65534); os.setuid(65534)\nos.environ['HOME'] = '/'\n"
-        + COMMON
-        + "\nprint(snap.backend, all_right(snap))\n",
-        url,
+        COMMON + "\nprint(snap.backend, all_right(snap))\n", url, prefix=users.prefix(), env={"HOME": "/"}
     )
     assert out.split()[1] == "True"
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import lazymem
 
@@ -15,6 +16,7 @@ from ..children import check_child
 TIB = 1 << 40
 
 
+@pytest.mark.needs_lazy
 def test_one_tebibyte_of_zeros_and_a_few_bytes(tmp_path: Path) -> None:
     source, target = tmp_path / "sparse.bin", tmp_path / "sparse.lzm"
     places = {0: b"first", TIB // 2 + 12345: b"middle", TIB - 4: b"last"}
@@ -51,6 +53,7 @@ def test_one_tebibyte_of_zeros_and_a_few_bytes(tmp_path: Path) -> None:
     assert check_child(code, target, repr(places)) == "right\n"
 
 
+@pytest.mark.needs_lazy
 def test_a_hundred_thousand_arrays(tmp_path: Path) -> None:
     path = tmp_path / "many.lzm"
     values = np.arange(100_000, dtype=np.int32)

@@ -115,6 +115,7 @@ print("level")
 """
 
 
+@pytest.mark.needs_lazy
 def test_thousands_of_cycles_leave_nothing_behind(snapshot_path: Path) -> None:
     assert check_child(LEAKS, snapshot_path, deadline=100) == "level\n"
 

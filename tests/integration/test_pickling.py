@@ -283,6 +283,7 @@ def test_pools_of_processes(location: str) -> None:
     assert check_child(POOLS, location) == "done\n"
 
 
+@pytest.mark.needs_lazy
 def test_worker_loads_what_it_touches(
     s3: Bucket, proxy: HostileProxy, built: Path, arrays: dict[str, NDArray[Any]]
 ) -> None:
@@ -332,6 +333,7 @@ DASK = """
 """
 
 
+@pytest.mark.needs_lazy
 def test_dask_cluster_computes_over_an_array_in_s3(
     s3: Bucket, proxy: HostileProxy, built: Path, arrays: dict[str, NDArray[Any]], tmp_path: Path
 ) -> None:

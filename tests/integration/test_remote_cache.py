@@ -200,6 +200,7 @@ def test_replaced_container_is_another_one(s3: Bucket, cache: Path, tmp_path: Pa
         assert found == hashlib.sha256(array.tobytes()).hexdigest()
 
 
+@pytest.mark.needs_lazy
 def test_object_replaced_while_open_is_never_mixed(
     s3: Bucket, remote: dict[str, NDArray[Any]], cache: Path, tmp_path: Path
 ) -> None:

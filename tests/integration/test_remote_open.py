@@ -29,7 +29,7 @@ def put_file(s3: Bucket, key: str, path: Path) -> str:
 
 
 @pytest.mark.parametrize("mode", ["r", "c"])
-@pytest.mark.parametrize("backend", ["auto", "uffd-user", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "uffd-user", "sigsegv", "eager"])
 def test_every_backend_shows_the_same_bytes(
     s3: Bucket, snapshot_path: Path, arrays: Arrays, backend: str, mode: str
 ) -> None:
@@ -45,6 +45,7 @@ def test_every_backend_shows_the_same_bytes(
             assert snap["ids"][1] == arrays["ids"][1]
 
 
+@pytest.mark.needs_lazy
 @pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
 @pytest.mark.parametrize("chunk_size", [65536, 1 << 21])
 def test_every_codec_and_chunk_size(
@@ -61,6 +62,7 @@ def test_every_codec_and_chunk_size(
             assert np.array_equal(snap[name], expected), name
 
 
+@pytest.mark.needs_userfaultfd
 def test_chunks_can_be_moved_in(s3: Bucket, huge_path: Path, arrays: Arrays) -> None:
     url = put_file(s3, "huge.lzm", huge_path)
     with lazymem.open(url, install="move") as snap:
@@ -85,6 +87,7 @@ def test_containers_are_read_in_place(s3: Bucket, tmp_path: Path, arrays: Arrays
     assert np.array_equal(lazymem.open_array(s3.url("c.bin")).view(np.int64), arrays["ids"])
 
 
+@pytest.mark.needs_lazy
 def test_torch_files_are_read_in_place_in_few_requests(
     s3: Bucket, proxy: HostileProxy, tmp_path: Path
 ) -> None:
@@ -132,6 +135,7 @@ def test_small_and_empty_objects(s3: Bucket) -> None:
         assert len(snap["data"]) == 0
 
 
+@pytest.mark.needs_lazy
 def test_prefetching_many_arrays_asks_for_as_much_at_a_time_as_one(s3: Bucket, tmp_path: Path) -> None:
     mib = 1 << 20
     arrays = {f"w{i}": np.random.default_rng(i).integers(0, 256, 4 * mib, np.uint8) for i in range(24)}
@@ -142,6 +146,7 @@ def test_prefetching_many_arrays_asks_for_as_much_at_a_time_as_one(s3: Bucket, t
         assert np.array_equal(snap["w7"], arrays["w7"])
 
 
+@pytest.mark.needs_lazy
 @pytest.mark.parametrize(("what", "requests"), [("open", 1), ("touch", 2)])
 def test_opening_and_touching_cost_few_requests(
     s3: Bucket, proxy: HostileProxy, huge_path: Path, arrays: Arrays, what: str, requests: int
@@ -205,6 +210,7 @@ def test_damage_in_the_object_is_named(s3: Bucket, snapshot_path: Path) -> None:
         snap.prefetch(wait=True)
 
 
+@pytest.mark.needs_lazy
 def test_closing_does_not_wait_for_the_network(
     s3: Bucket, proxy: HostileProxy, long_path: Path, counts_before: tuple[int, int]
 ) -> None:

@@ -122,6 +122,7 @@ def test_an_index_of_megabytes_takes_a_second_request(
     assert bytes_of(opened) <= path.stat().st_size + 64 * 1024
 
 
+@pytest.mark.needs_lazy
 @pytest.mark.parametrize("form", ["safetensors", "npy", "raw"])
 def test_files_in_place_open_in_two_requests(s3: Bucket, proxy: HostileProxy, form: str) -> None:
     array = np.random.default_rng(2).standard_normal((2000, 500)).astype(np.float32)  # 4 MB

@@ -430,6 +430,7 @@ def test_accelerate_takes_snapshots_and_urls(
         accelerate.load_checkpoint_in_model(_empty(kind), sources[2])
 
 
+@pytest.mark.needs_lazy
 def test_accelerate_reads_nothing_of_a_snapshot_before_it_is_touched(tmp_path: Path) -> None:
     """By the counters, with a device map and without one."""
     pytest.importorskip("accelerate")

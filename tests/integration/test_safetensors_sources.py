@@ -150,6 +150,7 @@ def test_s3_serves_file_and_snapshot(weights: Path, snapshot: Path, s3: Bucket) 
         safe_open(s3.url("m/none.safetensors"), "pt")
 
 
+@pytest.mark.needs_mapping
 def test_two_processes_share_the_page_cache(weights: Path) -> None:
     script = """
         import sys

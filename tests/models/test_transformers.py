@@ -166,6 +166,7 @@ print(json.dumps([len(chunks), snap.stats().chunks_populated, snap.chunk_count, 
 """
 
 
+@pytest.mark.needs_lazy
 def test_one_layer_of_48_reads_that_layer_and_no_other(
     tmp_path: Path, s3: Bucket, proxy: HostileProxy
 ) -> None:
@@ -186,6 +187,7 @@ def test_one_layer_of_48_reads_that_layer_and_no_other(
     assert sum(request.body_bytes for request in requests) - opening <= chunks * chunk_size
 
 
+@pytest.mark.needs_lazy
 def test_model_reads_nothing_of_its_layers_before_they_run(
     tmp_path: Path, opened: list[lazymem.Snapshot]
 ) -> None:

@@ -42,6 +42,8 @@
     X(fcntl, EMFILE, EPERM)                                                                               \
     X(open, ENOENT, EMFILE, EACCES)                                                                       \
     X(pread, EIO, EINTR, 0)                                                                               \
+    X(pwrite, ENOSPC, ENOMEM, EINTR)                                                                      \
+    X(fallocate, ENOMEM)                                                                                  \
     X(fstat, EIO)                                                                                         \
     X(read, EINTR)                                                                                        \
     X(write, EPIPE, EAGAIN, EINTR)                                                                        \
@@ -124,6 +126,8 @@ WRAP(int, madvise, CALL_madvise, (void *at, size_t length, int advice), at, leng
 WRAP(int, mincore, CALL_mincore, (void *at, size_t length, unsigned char *out), at, length, out)
 WRAP(int, memfd_create, CALL_memfd_create, (const char *name, unsigned flags), name, flags)
 WRAP(int, ftruncate, CALL_ftruncate, (int fd, off_t length), fd, length)
+WRAP(ssize_t, pwrite, CALL_pwrite, (int fd, const void *from, size_t length, off_t offset), fd, from, length, offset)
+WRAP(int, fallocate, CALL_fallocate, (int fd, int mode, off_t offset, off_t length), fd, mode, offset, length)
 WRAP(int, fstat, CALL_fstat, (int fd, struct stat *out), fd, out)
 WRAP(ssize_t, read, CALL_read, (int fd, void *out, size_t length), fd, out, length)
 WRAP(ssize_t, write, CALL_write, (int fd, const void *from, size_t length), fd, from, length)
@@ -228,6 +232,7 @@ UNCHECKED static int call_of_number(long number)
 {
     switch (number) {
     case SYS_userfaultfd: return CALL_uffd_open;
+    case SYS_mmap: return CALL_mmap; /* over what is there */
     case SYS_close_range: return CALL_close_range;
     case SYS_pidfd_open: return CALL_pidfd_open;
     case SYS_pidfd_send_signal: return CALL_pidfd_send_signal;
@@ -235,13 +240,13 @@ UNCHECKED static int call_of_number(long number)
     }
 }
 
-long __real_syscall(long number, long a, long b, long c, long d);
-long __wrap_syscall(long number, long a, long b, long c, long d);
-UNCHECKED long __wrap_syscall(long number, long a, long b, long c, long d)
+long __real_syscall(long number, long a, long b, long c, long d, long e, long f);
+long __wrap_syscall(long number, long a, long b, long c, long d, long e, long f);
+UNCHECKED long __wrap_syscall(long number, long a, long b, long c, long d, long e, long f)
 {
     int call = call_of_number(number);
 
-    return call >= 0 && fails((enum call)call) ? -1 : __real_syscall(number, a, b, c, d);
+    return call >= 0 && fails((enum call)call) ? -1 : __real_syscall(number, a, b, c, d, e, f);
 }
 
 int __real_clone(int (*run)(void *), void *stack, int flags, void *argument);

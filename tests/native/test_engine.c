@@ -2,15 +2,18 @@
  *
  * The engine under threads: many touch, some prefetch, regions open and close, chunks fail. Driven from
  * C so that it runs under ASan/UBSan and under TSan. Argument "fork" adds children of a fork, which the
- * sanitizers do not survive: their own locks know nothing of it.
+ * sanitizers do not survive: their own locks know nothing of it. Argument "sigsegv" takes touches as signals,
+ * in place of userfaultfd.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -440,27 +443,56 @@ static void test_fork_during_touches(void)
     }
 }
 
-int main(int argc, char **argv)
-{
-    lm_way_report report = { .error = ENOSYS };
-    lm_region *region;
+static volatile int forks_left, is_child;
 
-    CHECK(lm_codec_find(LM_FN_XXH3_64, "libxxhash.so.0", "XXH3_64bits") == 0);
-    content = calloc(CHUNKS, CHUNK);
-    CHECK(content != NULL);
-    source = make_source(records);
-    test_bad_descriptions_are_refused();
-    backend = LM_BACKEND_UFFD;
-    if (open_region(&region) < 0) {
-        backend = LM_BACKEND_UFFD_USER;
-        CHECK(lm_probe_way(LM_WAY_USER_ONLY, &report) == 0);
-        if (report.error != 0) {
-            puts("no userfaultfd here");
-            return 77;
-        }
-    } else {
+static void fork_now(int number)
+{
+    pid_t pid = forks_left > 0 ? fork() : -1;
+
+    (void)number;
+    forks_left -= pid > 0;
+    is_child = is_child || pid == 0;
+    if (is_child)
+        forks_left = 0;
+}
+
+/* The child goes on where the handler came, which may be in the middle of a wait for a chunk. */
+static void test_fork_in_a_handler_during_touches(void)
+{
+    struct sigaction action = { .sa_handler = fork_now };
+    struct itimerval often = { { 0, 1000 }, { 0, 1000 } }, off = { { 0, 0 }, { 0, 0 } };
+    sigset_t alarms;
+    int status;
+
+    sigemptyset(&alarms);
+    sigaddset(&alarms, SIGALRM);
+    pthread_sigmask(SIG_BLOCK, &alarms, NULL); /* fork needs locks that a call of ours may hold */
+    CHECK(sigaction(SIGALRM, &action, NULL) == 0);
+    forks_left = 5;
+    CHECK(setitimer(ITIMER_REAL, &often, NULL) == 0);
+    while (forks_left > 0) {
+        lm_region *region;
+        int differs;
+
+        CHECK(open_region(&region) == 0);
+        pthread_sigmask(SIG_UNBLOCK, &alarms, NULL);
+        differs = memcmp(lm_region_address(region), content, (size_t)CHUNKS * CHUNK);
+        pthread_sigmask(SIG_BLOCK, &alarms, NULL);
+        if (is_child)
+            _exit(differs != 0);
+        CHECK(differs == 0);
         lm_region_free(region);
     }
+    CHECK(setitimer(ITIMER_REAL, &off, NULL) == 0);
+    while (waitpid(-1, &status, 0) > 0)
+        CHECK(status == 0);
+    signal(SIGALRM, SIG_IGN); /* one may be waiting */
+    pthread_sigmask(SIG_UNBLOCK, &alarms, NULL);
+    signal(SIGALRM, SIG_DFL);
+}
+
+static void test_all(bool forks)
+{
     test_bad_strips_are_refused();
     for (composed = 0; composed < 2; composed++) {
         test_threads_read_right_bytes();
@@ -469,15 +501,48 @@ int main(int argc, char **argv)
         test_failed_chunk_is_named_and_heals();
         test_pages_given_back_come_again();
         test_eviction_races_touches();
-        if (argc > 1 && strcmp(argv[1], "fork") == 0) {
+        if (forks) {
             test_fork_during_touches();
+            test_fork_in_a_handler_during_touches();
             test_fork_waits_for_a_thread_that_touches();
             test_failed_touch(SIGBUS, 0);
-            test_failed_touch(SIGSEGV, LM_CAN_POISON);
+            if (backend != LM_BACKEND_SIGSEGV)
+                test_failed_touch(SIGSEGV, LM_CAN_POISON);
         }
+    }
+}
+
+int main(int argc, char **argv)
+{
+    static const int backends[] = { LM_BACKEND_UFFD, LM_BACKEND_UFFD_USER, LM_BACKEND_SIGSEGV };
+    bool forks = false, signals = false;
+    int i, tested = 0;
+
+    for (i = 1; i < argc; i++) {
+        forks = forks || strcmp(argv[i], "fork") == 0;
+        signals = signals || strcmp(argv[i], "sigsegv") == 0;
+    }
+    CHECK(lm_codec_find(LM_FN_XXH3_64, "libxxhash.so.0", "XXH3_64bits") == 0);
+    content = calloc(CHUNKS, CHUNK);
+    CHECK(content != NULL);
+    source = make_source(records);
+    test_bad_descriptions_are_refused();
+    for (i = 0; i < 3; i++) {
+        lm_region *region;
+
+        backend = backends[i];
+        if ((signals != (backend == LM_BACKEND_SIGSEGV)) || tested > 0 || open_region(&region) < 0)
+            continue;
+        lm_region_free(region);
+        test_all(forks);
+        tested++;
     }
     free(content);
     close(source);
+    if (tested == 0) {
+        puts("refused here");
+        return 77;
+    }
     puts("ok");
     return 0;
 }

@@ -75,7 +75,10 @@ def link(program: str, sanitizer: str, objects: list[Path], folder: Path) -> Pat
     return target
 
 
-PROGRAMS = ("test_uffd", "test_leaves", "test_engine", "test_fetch", "test_failures")
+PROGRAMS = (
+    "test_uffd", "test_leaves", "test_trap", "test_engine", "test_engine sigsegv", "test_fetch",
+    "test_failures",
+)  # fmt: skip
 # Failures one by one are of one thread; what they leave to other threads is test_engine's and test_fetch's.
 CASES = [pair for pair in itertools.product(PROGRAMS, SANITIZERS) if pair != ("test_failures", "thread")]
 
@@ -84,10 +87,11 @@ CASES = [pair for pair in itertools.product(PROGRAMS, SANITIZERS) if pair != ("t
 def test_native_program_passes(
     program: str, sanitizer: str, objects: Callable[[str], list[Path]], tmp_path: Path
 ) -> None:
+    program, *arguments = program.split()
     target = link(program, sanitizer, objects(sanitizer), tmp_path)
     # The child of a fork may find a lock of the sanitizers' own allocator held by a thread that it does not
     # have (seen with GCC 12's ASan under load: the child hangs in pthread_create, inside libasan).
-    arguments = ["fork"] if sanitizer == "plain" else []
+    arguments += ["fork"] if sanitizer == "plain" else []
     # die_after_fork: the fetcher is started by clone(CLONE_VM), which TSan takes for a fork.
     tsan = "halt_on_error=1:die_after_fork=0"
     env = {**os.environ, "TSAN_OPTIONS": tsan, "ASAN_OPTIONS": "detect_leaks=1"}
@@ -103,7 +107,8 @@ def test_native_program_passes(
 # What the core calls of the C library beside: it cannot fail, or fails only if it is used wrongly; of close,
 # shutdown and munlock nobody could make anything. dlopen and dlsym are asked at import, by Python.
 HARMLESS = re.compile(
-    r"_|mem|str|snprintf$|pthread_(mutex|cond|condattr|attr)_|pthread_(sigmask|atfork)$|sig(fillset|emptyset|delset)$|ldexpf$"
+    r"_|mem|str|snprintf$|pthread_(mutex|cond|condattr|attr)_|pthread_(sigmask|atfork)$|ldexpf$"
+    r"|sig(fillset|emptyset|addset|delset|action)$"
     r"|(close|shutdown|munlock|setsid|kill|getpid|sigprocmask|sysconf|clock_gettime|sched_yield|usleep|dlopen|dlsym)$"
 )
 

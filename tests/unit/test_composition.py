@@ -93,7 +93,7 @@ def weights() -> dict[str, NDArray[Any]]:
 
 
 @pytest.mark.parametrize("codec", ["zstd", "lz4", "none"])
-@pytest.mark.parametrize("backend", ["auto", "uffd-user", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "uffd-user", "sigsegv", "eager"])
 @pytest.mark.parametrize("dtype", TARGETS)
 def test_dtype_converts_floats_and_nothing_else(
     weights: dict[str, NDArray[Any]], tmp_path: Path, codec: str, backend: str, dtype: str

@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * pages.h: how a chunk's bytes become pages, and pages are taken back: one set of functions for each
+ * backend that populates. Which chunk, when, and what state it is in then is none of its business.
+ */
+#ifndef LM_PAGES_H
+#define LM_PAGES_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct lm_region;
+
+struct lm_pages {
+    /* The whole chunk at `at` shows `bytes`, or zeros if NULL; no thread sees a part of it that is not final.
+     * by_move: the memory of `bytes` may be taken. */
+    int (*install)(struct lm_region *region, unsigned char *at, const unsigned char *bytes, bool by_move);
+    /* Whoever waits for a page of the range tries again, and learns whether it is poisoned. */
+    void (*wake)(struct lm_region *region, unsigned char *at, size_t length);
+    /* Have the missing pages of a chunk raise a signal. */
+    int (*poison)(struct lm_region *region, unsigned char *at);
+    /* Whether a page of a chunk that is present has to be put in place again: the application gave it back. */
+    bool (*was_given_back)(uintptr_t address);
+    /* Take a chunk's pages back: a touch waits again. */
+    int (*evict)(struct lm_region *region, unsigned char *at);
+    /* In the child of a fork: have touches wait again. `error`: why nobody can be woken, or 0. Returns why
+     * they do not, and what is missing is inaccessible then. */
+    int (*revive)(struct lm_region *region, int error);
+};
+
+extern const struct lm_pages lm_pages_uffd, lm_pages_trap, lm_pages_eager;
+
+/* pages_trap.c: touches of region->base, which is reserved, wait from now on; and no longer. lifecycle is held. */
+int lm_pages_trap_attach(struct lm_region *region);
+void lm_pages_trap_detach(struct lm_region *region); /* idempotent */
+/* A stretch of zeros that nobody waits for. */
+int lm_pages_trap_leave_zeros(struct lm_region *region, uint64_t start, uint64_t length);
+
+#endif
