@@ -399,6 +399,12 @@ class Region:
     def _translate(self, error: NativeError) -> LazymemError:
         if error.code == _native.E_CLOSED:
             return SnapshotClosed(f"{self.url}: was closed meanwhile; open it again")
+        if error.code == _native.E_MOVED:
+            return ReadError(
+                f"{self.url}: a part of its memory was unmapped or moved by this process (munmap, mmap, "
+                "mremap), so it cannot be read there; open it again",
+                url=self.url,
+            )
         if error.chunk is None:
             return _cannot_open(self.url, None, error)
         return self._chunk_error(error, error.chunk)

@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -15,6 +16,7 @@
 #include <unistd.h>
 
 #include "fetch.h"
+#include "places.h"
 #include "sys.h"
 #include "uffd.h"
 
@@ -22,6 +24,10 @@
 #define LM_BELL LM_UFFD_COUNT /* epoll tag; smaller ones are indices of uffds */
 /* Chunks looked at for one prefetch task before the lock is let go. */
 #define LM_PREFETCH_SCAN 4096
+/* Each reads events and yields: in practice as many as threads change the address space. */
+#define LM_SETTLE_ROUNDS 1000000
+#define LM_FORK_ROUNDS 1000
+#define LM_DISCARD_MS 100
 
 struct lm_engine lm_engine = {
     .poller = -1,
@@ -33,8 +39,7 @@ static struct lm_engine *const engine = &lm_engine;
 
 /* ---- regions by address ---- */
 
-/* Index of the first region whose base lies above address. */
-static size_t upper_bound(uintptr_t address)
+size_t lm_engine_upper_bound(uintptr_t address)
 {
     size_t low = 0, high = engine->region_count;
 
@@ -47,14 +52,6 @@ static size_t upper_bound(uintptr_t address)
             high = middle;
     }
     return low;
-}
-
-static struct lm_region *find_locked(uintptr_t address)
-{
-    size_t above = upper_bound(address);
-    struct lm_region *region = above == 0 ? NULL : engine->regions[above - 1];
-
-    return region != NULL && address - (uintptr_t)region->base < region->size ? region : NULL;
 }
 
 static int grow_index_locked(void)
@@ -73,22 +70,48 @@ static int grow_index_locked(void)
     return 0;
 }
 
+void lm_engine_lock_settled(int rounds)
+{
+    int index;
+
+    for (;; rounds--) {
+        pthread_rwlock_wrlock(&engine->installs);
+        pthread_mutex_lock(&engine->lock);
+        if (lm_places_settled_locked() || rounds <= 1)
+            return;
+        lm_engine_unlock_settled();
+        for (index = 0; index < LM_UFFD_COUNT; index++)
+            if (engine->uffds[index].fd >= 0)
+                lm_engine_read_events(index);
+        sched_yield();
+    }
+}
+
+void lm_engine_unlock_settled(void)
+{
+    pthread_mutex_unlock(&engine->lock);
+    pthread_rwlock_unlock(&engine->installs);
+}
+
 int lm_engine_insert(struct lm_region *region)
 {
     int error = 0;
 
-    pthread_mutex_lock(&engine->lock);
+    /* An event of memory that lay at the same address must not be taken for one of the region's. The address
+     * was free before the region came, so none is left once there is a moment without any. */
+    lm_engine_lock_settled(LM_SETTLE_ROUNDS);
     if (engine->region_count == engine->region_capacity)
         error = grow_index_locked();
     if (error == 0) {
-        size_t at = upper_bound((uintptr_t)region->base);
+        size_t at = lm_engine_upper_bound((uintptr_t)region->base);
 
+        lm_places_claim_locked(region);
         memmove(&engine->regions[at + 1], &engine->regions[at],
                 (engine->region_count - at) * sizeof *engine->regions);
         engine->regions[at] = region;
         engine->region_count++;
     }
-    pthread_mutex_unlock(&engine->lock);
+    lm_engine_unlock_settled();
     return error;
 }
 
@@ -97,7 +120,9 @@ void lm_engine_remove(struct lm_region *region)
     size_t at;
 
     pthread_mutex_lock(&engine->lock);
-    at = upper_bound((uintptr_t)region->base) - 1;
+    at = lm_engine_upper_bound((uintptr_t)region->base) - 1;
+    while (engine->regions[at] != region) /* one that lost its base may share it with the next */
+        at--;
     engine->region_count--;
     memmove(&engine->regions[at], &engine->regions[at + 1],
             (engine->region_count - at) * sizeof *engine->regions);
@@ -211,14 +236,23 @@ static void run_ahead_locked(struct lm_region *region, uint64_t chunk)
 }
 
 /* True if *ret_task is new work. */
-static bool accept_fault_locked(uintptr_t address, uint64_t now, struct lm_task *ret_task)
+static bool accept_fault_locked(int index, uintptr_t address, uint64_t now, struct lm_task *ret_task)
 {
-    struct lm_region *region = find_locked(address);
+    uint64_t offset = 0;
+    struct lm_region *region = lm_places_find_locked(address, &offset);
     struct lm_task task = { .region = region, .address = address, .start_ns = now };
 
-    if (region == NULL)
-        return false; /* closed meanwhile: munmap has woken whoever waited */
-    task.chunk = (address - (uintptr_t)region->base) >> region->table.chunk_shift;
+    if (region == NULL) {
+        lm_places_fault_elsewhere_locked(&engine->uffds[index], address);
+        return false;
+    }
+    if (region->released) { /* it faults again, until there is nothing to fault on */
+        size_t page = lm_sys_page_size();
+
+        (void)lm_uffd_wake(engine->uffds[index].fd, address & ~(uintptr_t)(page - 1), page);
+        return false;
+    }
+    task.chunk = offset >> region->table.chunk_shift;
     atomic_fetch_add_explicit(&region->counters.faults, 1, memory_order_relaxed);
     for (;;) {
         if (lm_table_claim(&region->table, task.chunk, true)) {
@@ -252,9 +286,7 @@ void lm_engine_turn_away_locked(const struct lm_task *task)
         lm_table_publish(&region->table, task->chunk, LM_STATE_ABSENT);
     region->tasks--;
     if (region->backend != LM_BACKEND_EAGER)
-        (void)lm_uffd_wake(engine->uffds[region->uffd].fd,
-                           (uintptr_t)region->base + (task->chunk << region->table.chunk_shift),
-                           (size_t)1 << region->table.chunk_shift);
+        lm_places_wake_locked(region, task->chunk);
 }
 
 /* Whoever serves the queue that a fault goes to: the courier where its bytes come over a network, and only
@@ -269,42 +301,68 @@ static struct lm_queue *queue_for(const struct lm_task *task)
     return queue;
 }
 
-/* Read what the kernel has and queue it. */
-static void intake(int fd)
+/* Queue the faults among the messages, once what the others tell of is recorded. */
+static void sort_locked(int index, const struct lm_uffd_message *messages, int count, unsigned *queued)
+{
+    uint64_t now = lm_sys_now_ns();
+    unsigned asked = 0, composed = 0;
+    int i;
+
+    for (i = 0; i < count; i++)
+        if (messages[i].event != LM_UFFD_EVENT_PAGEFAULT)
+            lm_places_note_locked(&engine->uffds[index], &messages[i]);
+    for (i = 0; i < count; i++) {
+        struct lm_queue *queue;
+        struct lm_task task;
+
+        if (messages[i].event != LM_UFFD_EVENT_PAGEFAULT ||
+            !accept_fault_locked(index, (uintptr_t)messages[i].address, now, &task))
+            continue;
+        queue = queue_for(&task);
+        if (!lm_queue_push_task(queue, &task))
+            lm_engine_turn_away_locked(&task);
+        else
+            ++*(queue == &engine->remote ? &asked : queue == &engine->composing ? &composed : queued);
+    }
+    if (asked > 0)
+        lm_fetch_wake_locked();
+    if (composed > 0)
+        pthread_cond_broadcast(&engine->work);
+}
+
+/* Read what the kernel has and queue it. Reading and recording are one step under the lock: whoever has come
+ * back from munmap or mremap, and then asks where a region lies, is told of it. */
+static unsigned intake(int index)
 {
     struct lm_uffd_message messages[LM_MESSAGES];
-    unsigned queued = 0, asked = 0, composed = 0;
-    int count, i;
+    unsigned queued = 0;
+    int count;
 
     do {
-        uint64_t now;
+        bool alone = engine->scattered;
 
-        count = lm_uffd_read(fd, messages, LM_MESSAGES);
+        if (alone) /* what an event is about must not be in use while its sender goes on */
+            pthread_rwlock_wrlock(&engine->installs);
+        pthread_mutex_lock(&engine->lock);
+        if (lm_places_unsettled_locked())
+            (void)lm_places_settled_locked(); /* what is read now is younger than what is recorded */
+        count = lm_uffd_read(engine->uffds[index].fd, messages, LM_MESSAGES);
+        sort_locked(index, messages, count, &queued);
+        pthread_mutex_unlock(&engine->lock);
+        if (alone)
+            pthread_rwlock_unlock(&engine->installs);
         if (count < 0)
             lm_engine_note_lost();
-        now = lm_sys_now_ns();
-        pthread_mutex_lock(&engine->lock);
-        for (i = 0; i < count; i++) {
-            struct lm_queue *queue;
-            struct lm_task task;
-
-            if (messages[i].event != LM_UFFD_EVENT_PAGEFAULT ||
-                !accept_fault_locked((uintptr_t)messages[i].address, now, &task))
-                continue;
-            queue = queue_for(&task);
-            if (!lm_queue_push_task(queue, &task))
-                lm_engine_turn_away_locked(&task);
-            else
-                ++*(queue == &engine->remote ? &asked : queue == &engine->composing ? &composed : &queued);
-        }
-        if (asked > 0)
-            lm_fetch_wake_locked();
-        if (composed > 0)
-            pthread_cond_broadcast(&engine->work);
-        pthread_mutex_unlock(&engine->lock);
     } while (count == LM_MESSAGES); /* the poller reports an edge: leave nothing behind */
-    if (queued > 1)
-        ring(queued - 1);
+    return queued;
+}
+
+void lm_engine_read_events(int index)
+{
+    unsigned queued = intake(index);
+
+    if (queued > 0)
+        ring(queued);
 }
 
 /* ---- workers ---- */
@@ -380,6 +438,7 @@ static void *resolve(void *argument)
     struct lm_worker *worker = argument;
     struct epoll_event event;
     struct lm_task task;
+    unsigned queued;
     uint64_t one;
 
     for (;;) {
@@ -395,8 +454,8 @@ static void *resolve(void *argument)
         }
         if (event.data.u32 == LM_BELL)
             (void)!read(engine->bell, &one, sizeof one); /* somebody else may have taken it */
-        else
-            intake(engine->uffds[event.data.u32].fd);
+        else if ((queued = intake((int)event.data.u32)) > 1)
+            ring(queued - 1); /* one of them is for this thread */
     }
 }
 
@@ -456,8 +515,14 @@ static void *compose(void *argument)
 
 static void init_sync(void)
 {
+    pthread_rwlockattr_t fair;
     pthread_condattr_t clock;
 
+    /* Else a new region might wait for as long as others are populated. */
+    pthread_rwlockattr_init(&fair);
+    (void)pthread_rwlockattr_setkind_np(&fair, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    pthread_rwlock_init(&engine->installs, &fair);
+    pthread_rwlockattr_destroy(&fair);
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
     pthread_mutex_init(&engine->lifecycle, NULL);
@@ -511,16 +576,6 @@ static void close_descriptors(void)
  * keeper makes the memory inaccessible and wakes whoever waits: SIGSEGV after a line, never zeros.
  */
 
-static void lose_region(struct lm_region *region, const char *when, int code)
-{
-    uint64_t i;
-
-    for (i = 0; i < region->registered_count; i++)
-        (void)lm_sys_protect(region->base + region->registered[i].start,
-                             region->registered[i].length, PROT_NONE);
-    lm_report_lost_region(region, when, code);
-}
-
 static void lose_regions_locked(int index, int fd)
 {
     size_t i;
@@ -530,8 +585,22 @@ static void lose_regions_locked(int index, int fd)
 
         if (region->backend == LM_BACKEND_EAGER || region->uffd != index)
             continue;
-        lose_region(region, "its descriptors were closed by the application", -EBADF);
-        (void)lm_uffd_wake(fd, (uintptr_t)region->base, region->size);
+        lm_places_lose_locked(region, fd);
+        lm_report_lost_region(region, "its descriptors were closed by the application", -EBADF);
+    }
+}
+
+/* Nobody else reads any more: whoever unmapped registered memory just before it was lost still waits. */
+static void discard_messages_locked(int fd)
+{
+    struct lm_uffd_message messages[LM_MESSAGES];
+    struct timespec deadline;
+
+    while (!engine->stopping) {
+        while (lm_uffd_read(fd, messages, LM_MESSAGES) > 0)
+            ;
+        lm_sys_deadline(LM_DISCARD_MS, &deadline);
+        (void)pthread_cond_timedwait(&engine->end, &engine->lock, &deadline);
     }
 }
 
@@ -547,10 +616,10 @@ static void *keep(void *argument)
     pthread_cond_broadcast(&engine->progress);
     while (!engine->stopping && !engine->lost)
         pthread_cond_wait(&engine->end, &engine->lock);
-    if (engine->lost)
+    if (engine->lost) {
         lose_regions_locked((int)(uffd - engine->uffds), fd);
-    while (!engine->stopping)
-        pthread_cond_wait(&engine->end, &engine->lock);
+        discard_messages_locked(fd);
+    }
     pthread_mutex_unlock(&engine->lock);
     return NULL;
 }
@@ -660,7 +729,7 @@ int lm_engine_acquire_locked(int threads)
     engine->resolver_count = threads > 0 ? clamp(threads, 1, LM_MAX_RESOLVERS) : clamp(cpus, 2, 8);
     engine->helper_count = threads > 0 ? clamp(threads, 1, LM_MAX_HELPERS) : clamp(cpus, 1, 8);
     pthread_mutex_lock(&engine->lock); /* the courier outlives the engine, and looks at its queues */
-    engine->stopping = engine->lost = false;
+    engine->stopping = engine->lost = engine->scattered = false;
     lm_queue_clear(&engine->queue);
     lm_queue_clear(&engine->remote);
     lm_queue_clear(&engine->arrived);
@@ -785,12 +854,27 @@ int lm_engine_thread_count(void)
  * and the descriptors. A chunk that was loading is absent again. If some of its pages had been installed
  * they stay: installing steps over them. No page can be missing whose chunk's state says that it is
  * present: the state is published after the install, and no install ends between the copy of the
- * region's pages and the copy of its states, because fork holds the address space for both.
+ * region's pages and the copy of its states, because fork holds the address space for both. (And should
+ * one be missing all the same: it faults, and is rechecked.)
+ *
+ * What the application unmapped or moved is recorded when its munmap or mremap returns, but for the moment
+ * between reading an event and recording it, which before_fork waits out. Events that are sent later are of
+ * other threads, which do not exist in the child and have told nobody of their new addresses.
  */
 
 static void before_fork(void)
 {
+    bool unsettled;
+
     pthread_mutex_lock(&engine->lifecycle);
+    /* Whoever is in the middle of recording an event is done then: its sender may be the one that forks. */
+    pthread_mutex_lock(&engine->lock);
+    unsettled = lm_places_unsettled_locked();
+    pthread_mutex_unlock(&engine->lock);
+    if (unsettled && !engine->lost) {
+        lm_engine_lock_settled(LM_FORK_ROUNDS);
+        lm_engine_unlock_settled();
+    }
 }
 
 static void after_fork_in_parent(void)
@@ -802,18 +886,6 @@ static void after_fork_in_parent(void)
 static void forget_workers(struct lm_worker *workers, int count)
 {
     memset(workers, 0, (size_t)count * sizeof *workers);
-}
-
-static int register_again(struct lm_region *region)
-{
-    uint64_t i, ioctls;
-    int error = 0;
-
-    for (i = 0; i < region->registered_count && error == 0; i++)
-        error = lm_uffd_register(engine->uffds[region->uffd].fd,
-                                 (uintptr_t)region->base + region->registered[i].start,
-                                 region->registered[i].length, &ioctls);
-    return error;
 }
 
 static void revive_region(struct lm_region *region, const int *errors)
@@ -828,9 +900,13 @@ static void revive_region(struct lm_region *region, const int *errors)
     lm_table_abandon(&region->table);
     error = errors[region->uffd];
     if (error == 0)
-        error = register_again(region);
-    if (error < 0)
-        lose_region(region, "after fork, in the child", error);
+        error = lm_places_register_again(region);
+    if (error < 0) {
+        pthread_mutex_lock(&engine->lock);
+        lm_places_lose_locked(region, -1);
+        pthread_mutex_unlock(&engine->lock);
+        lm_report_lost_region(region, "after fork, in the child", error);
+    }
 }
 
 static void after_fork_in_child(void)
@@ -860,6 +936,7 @@ static void after_fork_in_child(void)
     for (index = 0; index < LM_UFFD_COUNT; index++)
         used[index] = engine->uffds[index].fd >= 0;
     close_descriptors(); /* this process's copies only; the parent's go on */
+    lm_places_after_fork();
     if (error == 0)
         error = open_poller();
     /* One thread will do until the child asks for more (lm_region_prefetch, another open). */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * engine.h: what engine.c, populate.c, region.c and report.c share. Not for anybody else.
+ * engine.h: what engine.c, places.c, populate.c, region.c and report.c share. Not for anybody else.
  *
  * One engine a process: its resolver threads read the userfaultfds and resolve demand faults, its
  * helper threads populate what was asked for beforehand. It runs while at least one region that needs
@@ -8,8 +8,9 @@
  *
  * Locks, in the order in which they may be taken (DESIGN.md has the reasons):
  *   lifecycle   start and stop of threads, opening of descriptors, which regions there are, fork
- *   lock        the same regions by address, queue, tasks, errors
- * Neither is ever held while a thread waits for a disk, a decoder or Python.
+ *   installs    shared: between asking where a chunk lies and installing it there; alone: see places.h
+ *   lock        the same regions by address, their pieces, queue, tasks, errors
+ * None is ever held while a thread waits for a disk, a decoder or Python.
  */
 #ifndef LM_ENGINE_H
 #define LM_ENGINE_H
@@ -19,6 +20,7 @@
 #include <stdbool.h>
 
 #include "lazymem.h"
+#include "pieces.h"
 #include "queue.h"
 #include "table.h"
 
@@ -79,6 +81,7 @@ struct lm_region {
 
     /* Under the engine's lock. */
     bool closing, closed;
+    bool released; /* its memory is being given back */
     unsigned tasks; /* queued or running */
     unsigned calls; /* of the public functions, in other threads */
     struct { uint64_t chunk; int code; char text[LM_ERROR_TEXT]; } errors[LM_ERROR_SLOTS];
@@ -86,6 +89,7 @@ struct lm_region {
     struct lm_scan ahead[LM_SCANS];
     uint64_t ahead_time;
     uint32_t readahead;
+    struct lm_pieces pieces;
 
     struct lm_counters counters;
 };
@@ -115,6 +119,7 @@ struct lm_uffd {
 
 struct lm_engine {
     pthread_mutex_t lifecycle, lock;
+    pthread_rwlock_t installs;
     pthread_cond_t work;     /* helpers wait here */
     pthread_cond_t progress; /* lm_region_wait and lm_region_close wait here */
     pthread_cond_t end;      /* keepers wait here */
@@ -130,6 +135,7 @@ struct lm_engine {
 
     struct lm_region **regions; /* sorted by base */
     size_t region_count, region_capacity;
+    _Atomic bool scattered; /* the application has moved or unmapped lazy memory */
     struct lm_queue queue;     /* of chunks that need no courier */
     struct lm_queue remote;    /* of chunks to be asked for */
     struct lm_queue arrived;   /* tasks only: chunks whose bytes came, and somebody waits for them */
@@ -145,6 +151,8 @@ void lm_engine_release_locked(void);       /* stop after the last */
 int lm_engine_uffd_locked(int backend, int *ret_index);
 int lm_engine_threads_locked(void);        /* have all wanted threads run */
 int lm_engine_composers_locked(void);      /* composers are wanted, too */
+/* From then on its faults are accepted: before it is registered, else a fault of memory that lay at the same
+ * address would find nothing there. */
 int lm_engine_insert(struct lm_region *region);
 void lm_engine_remove(struct lm_region *region);
 /* Whether chunks of the region come by way of the courier: remote, and not composed. */
@@ -156,6 +164,14 @@ int lm_engine_span_room_locked(const struct lm_region *region);
 bool lm_engine_push_span_locked(const struct lm_span *span, bool front);
 /* No room in a queue: give the chunk back, and let whoever waits for it fault again. lock is held. */
 void lm_engine_turn_away_locked(const struct lm_task *task);
+/* Index of the first region whose base lies above an address. lock is held. */
+size_t lm_engine_upper_bound(uintptr_t address);
+/* Read and record what the kernel has to say of a userfaultfd, faults too. */
+void lm_engine_read_events(int index);
+/* Take installs alone, and lock, at a moment when no event is unread: what is recorded is how things are.
+ * Failing that within so many rounds, take them all the same. */
+void lm_engine_lock_settled(int rounds);
+void lm_engine_unlock_settled(void);
 /* An ioctl or read found that the application has closed our descriptors. */
 void lm_engine_note_lost(void);
 
@@ -171,6 +187,8 @@ void lm_worker_destroy(struct lm_worker *worker);
 /* text: what the store said, or NULL. */
 void lm_report_failed_touch(const struct lm_region *region, uint64_t chunk, int code, const char *text);
 void lm_report_lost_region(const struct lm_region *region, const char *when, int code);
+/* region: whose memory it is, or NULL. */
+void lm_report_memory(const struct lm_region *region, const char *what);
 /* The first array with bytes in [start, end), or array_count. */
 uint64_t lm_report_find_array(const struct lm_region *region, uint64_t start, uint64_t end);
 

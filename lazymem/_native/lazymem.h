@@ -38,6 +38,9 @@
 #define LM_E_OPTION     -1013 /* the URL or an option cannot be right */
 #define LM_E_FETCHER    -1014 /* the fetcher cannot be started, or does not answer */
 
+/* The application's doing. */
+#define LM_E_MOVED      -1015 /* it has unmapped or moved the memory that was asked for */
+
 /* ---- chunks ---- */
 #define LM_CODEC_RAW    0
 #define LM_CODEC_LZ4    1
@@ -345,7 +348,7 @@ int lm_region_error_text(lm_region *region, uint64_t chunk, char *out, size_t le
 /* Give the pages of populated chunks back; a later touch populates them again. What was written to them in
  * mode "c" is lost. */
 int lm_region_evict(lm_region *region, uint64_t first, uint64_t count);
-/* memcpy out of the region; the caller has populated the range. */
+/* memcpy out of the region; the caller has populated the range. LM_E_MOVED if some of it is gone. */
 int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length);
 
 #define LM_STATE_ABSENT   0

@@ -18,8 +18,8 @@
 #include "compose.h"
 #include "engine.h"
 #include "fetch.h"
+#include "places.h"
 #include "sys.h"
-#include "uffd.h"
 
 #define LM_FETCH_ATTEMPTS 3 /* to bring bytes that match their checksum; the fetcher's own come on top */
 
@@ -112,59 +112,6 @@ static int produce(struct lm_worker *worker, const struct lm_task *task, unsigne
     return error;
 }
 
-static int install(struct lm_region *region, unsigned char *to, const unsigned char *from, bool by_move)
-{
-    size_t length = (size_t)1 << region->table.chunk_shift, moved = 0;
-    int fd;
-
-    if (region->backend == LM_BACKEND_EAGER)
-        return 0; /* decoded in place: nobody sees the region before it is whole */
-    fd = lm_engine.uffds[region->uffd].fd;
-    if (by_move) {
-        (void)lm_uffd_move(fd, (uintptr_t)to, (void *)(uintptr_t)from, length, &moved);
-        if (moved == length) {
-            add(&region->counters.moved_chunks, 1);
-            return 0;
-        }
-    }
-    return lm_uffd_copy(fd, (uintptr_t)(to + moved), from + moved, length - moved);
-}
-
-static int install_zeros(struct lm_region *region, unsigned char *to)
-{
-    size_t length = (size_t)1 << region->table.chunk_shift;
-
-    if (region->backend == LM_BACKEND_EAGER)
-        return 0; /* fresh anonymous memory */
-    return lm_uffd_zero(lm_engine.uffds[region->uffd].fd, (uintptr_t)to, length);
-}
-
-static void wake(struct lm_region *region, unsigned char *at, size_t length)
-{
-    if (region->backend != LM_BACKEND_EAGER)
-        (void)lm_uffd_wake(lm_engine.uffds[region->uffd].fd, (uintptr_t)at, length);
-}
-
-/* Make every missing page of the chunk raise a signal in whoever touches it. */
-static void poison(struct lm_region *region, unsigned char *at)
-{
-    size_t length = (size_t)1 << region->table.chunk_shift;
-    const struct lm_uffd *uffd = &lm_engine.uffds[region->uffd];
-
-    if ((uffd->can & LM_CAN_POISON) && lm_uffd_poison(uffd->fd, (uintptr_t)at, length) == 0)
-        return;
-    /* Kernels before 6.6: SIGSEGV in place of SIGBUS, but never zeros. */
-    atomic_store(&region->guarded, true);
-    (void)lm_sys_protect(at, length, PROT_NONE);
-}
-
-/* Undo the second way of poison(), before pages that are about to be right become reachable. */
-static void heal(struct lm_region *region, unsigned char *at)
-{
-    if (atomic_load(&region->guarded))
-        (void)lm_sys_protect(at, (size_t)1 << region->table.chunk_shift, region->prot);
-}
-
 static void record_error(struct lm_region *region, uint64_t chunk, int code, const char *text)
 {
     add(&region->counters.chunks_failed, 1);
@@ -178,7 +125,6 @@ static void settle_failure(const struct lm_task *task, int code, const char *tex
 {
     struct lm_region *region = task->region;
     uint64_t chunk = task->chunk;
-    unsigned char *at = region->base + (chunk << region->table.chunk_shift);
 
     record_error(region, chunk, code, text);
     if (region->backend == LM_BACKEND_EAGER) {
@@ -189,9 +135,9 @@ static void settle_failure(const struct lm_task *task, int code, const char *tex
         return; /* nobody has touched it */
     /* The line comes first: the signal may end the process. */
     lm_report_failed_touch(region, chunk, code, text);
-    poison(region, at);
+    lm_places_poison(region, chunk);
     lm_table_publish(&region->table, chunk, LM_STATE_POISONED);
-    wake(region, at, (size_t)1 << region->table.chunk_shift);
+    lm_places_wake(region, chunk);
 }
 
 static void count_success(struct lm_region *region, const struct lm_task *task, size_t length)
@@ -244,12 +190,13 @@ static int prepare(struct lm_worker *worker, const struct lm_task *task, const u
     return lm_compose(worker, task, target, text);
 }
 
-static int install_any(struct lm_region *region, unsigned char *at, const unsigned char *bytes, bool by_move)
+static int install(struct lm_region *region, uint64_t chunk, const unsigned char *bytes, bool by_move)
 {
     int error;
 
-    heal(region, at);
-    error = bytes == NULL ? install_zeros(region, at) : install(region, at, bytes, by_move);
+    if (region->backend == LM_BACKEND_EAGER)
+        return 0; /* decoded in place, or fresh memory: nobody sees the region before it is whole */
+    error = lm_places_install(region, chunk, bytes, by_move);
     if (error == -EBADF || error == -ENOTTY)
         lm_engine_note_lost();
     return error;
@@ -290,8 +237,6 @@ static bool is_worth_another_try(const struct lm_task *task, int error)
 static int recheck(struct lm_worker *worker, const struct lm_task *task)
 {
     struct lm_region *region = task->region;
-    size_t chunk_size = (size_t)1 << region->table.chunk_shift;
-    unsigned char *at = region->base + (task->chunk << region->table.chunk_shift);
     const unsigned char *bytes;
     char text[LM_FETCH_TEXT] = "";
     int error = 0;
@@ -305,14 +250,14 @@ static int recheck(struct lm_worker *worker, const struct lm_task *task)
         }
         error = prepare(worker, task, &bytes, text);
         if (error == 0)
-            error = install_any(region, at, bytes, false);
+            error = install(region, task->chunk, bytes, false);
         if (error < 0 && lm_table_condemn(&region->table, task->chunk)) {
             record_error(region, task->chunk, error, text);
             lm_report_failed_touch(region, task->chunk, error, text);
-            poison(region, at);
+            lm_places_poison(region, task->chunk);
         }
     }
-    wake(region, at, chunk_size);
+    lm_places_wake(region, task->chunk);
     return error;
 }
 
@@ -320,7 +265,6 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
 {
     struct lm_region *region = task->region;
     size_t chunk_size = (size_t)1 << region->table.chunk_shift;
-    unsigned char *at = region->base + (task->chunk << region->table.chunk_shift);
     bool by_move = region->install == LM_INSTALL_MOVE;
     const unsigned char *bytes;
     char text[LM_FETCH_TEXT] = "";
@@ -340,7 +284,7 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
     }
     time = lm_sys_now_ns();
     if (error == 0) /* bytes in the memory shared with the fetcher stay there: only copied */
-        error = install_any(region, at, bytes, by_move && bytes == worker->plain);
+        error = install(region, task->chunk, bytes, by_move && bytes == worker->plain);
     if (error < 0) {
         settle_failure(task, error, task->range != NULL && task->error != 0 ? task->range->text : text);
         return error;
@@ -349,6 +293,7 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
     (void)lap(&region->counters.install_ns, time);
     count_success(region, task, chunk_size);
     lm_table_publish(&region->table, task->chunk, LM_STATE_PRESENT);
-    wake(region, at, chunk_size);
+    if (region->backend != LM_BACKEND_EAGER)
+        lm_places_wake(region, task->chunk);
     return 0;
 }

@@ -11,6 +11,7 @@
 #include "compose.h"
 #include "engine.h"
 #include "fetch.h"
+#include "places.h"
 #include "source.h"
 #include "sys.h"
 #include "uffd.h"
@@ -115,13 +116,11 @@ static int allocate(const lm_region_spec *spec, uint64_t holes, struct lm_region
     return 0;
 }
 
-/* Everything but the handle. */
+/* Everything but the handle and the memory. */
 static void give_back(struct lm_region *region)
 {
     int i;
 
-    lm_sys_free(region->base, region->size);
-    region->base = NULL;
     for (i = 0; i < region->source_count; i++) {
         if (region->remote)
             lm_source_close(region->sources[i]);
@@ -135,6 +134,7 @@ static void give_back(struct lm_region *region)
 
 static void destroy(struct lm_region *region)
 {
+    lm_places_release(region);
     give_back(region);
     lm_sys_free(region, region->memory);
 }
@@ -279,11 +279,17 @@ static int attach_locked(struct lm_region *region, const lm_region_spec *spec, u
     if (error < 0)
         return error;
     region->base = base;
+    lm_pieces_init(&region->pieces, (uintptr_t)base, region->size);
+    error = lm_engine_insert(region);
+    if (error < 0)
+        return error;
     if (uffd != NULL)
         error = register_ranges(region, hole_size);
     if (error == 0)
         error = lm_sys_protect(base, region->size, region->prot);
-    return error < 0 ? error : lm_engine_insert(region);
+    if (error < 0)
+        lm_engine_remove(region);
+    return error;
 }
 
 int lm_region_open(const lm_region_spec *spec, lm_region **ret_region)
@@ -374,6 +380,7 @@ int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece
     error = lm_sys_reserve(region->size, LM_HUGE_PAGE, &base);
     if (error == 0) {
         region->base = base;
+        lm_pieces_init(&region->pieces, (uintptr_t)base, region->size);
         error = lm_sys_protect(base, region->size, region->prot);
     }
     if (error == 0)
@@ -433,6 +440,10 @@ void lm_region_close(lm_region *region)
     if (!mine)
         return;
     pthread_mutex_lock(&lm_engine.lifecycle);
+    pthread_mutex_lock(&lm_engine.lock);
+    region->released = true;
+    pthread_mutex_unlock(&lm_engine.lock);
+    lm_places_release(region); /* before it is removed: its faults would look like somebody's */
     if (region->backend != LM_BACKEND_MAP)
         lm_engine_remove(region);
     give_back(region);
@@ -762,15 +773,12 @@ int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeou
 
 static void evict_chunk(struct lm_region *region, uint64_t chunk)
 {
-    size_t size = (size_t)1 << region->table.chunk_shift;
-    unsigned char *at = region->base + (chunk << region->table.chunk_shift);
-
     if (lm_table_record(&region->table, chunk) == NULL || !lm_table_evict(&region->table, chunk))
         return;
-    (void)lm_sys_advise(at, size, MADV_DONTNEED);
+    lm_places_evict(region, chunk);
     lm_table_publish(&region->table, chunk, LM_STATE_ABSENT);
     /* Whoever touched it meanwhile was told to wait for its owner. */
-    (void)lm_uffd_wake(lm_engine.uffds[region->uffd].fd, (uintptr_t)at, size);
+    lm_places_wake(region, chunk);
 }
 
 int lm_region_evict(lm_region *region, uint64_t first, uint64_t count)
@@ -806,6 +814,8 @@ int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length)
     error = enter(region);
     if (error < 0)
         return error;
+    if (!lm_places_are_home(region, offset, length))
+        return leave(region, LM_E_MOVED);
     memcpy(out, region->base + offset, length);
     return leave(region, 0);
 }

@@ -8,6 +8,7 @@
 #define LM_SYS_H
 
 #include <pthread.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <time.h>
@@ -49,6 +50,8 @@ int lm_sys_map_shared(int fd, size_t length, void **ret_memory);
 int lm_sys_map_fixed(void *address, size_t length, int prot, int flags, int fd, uint64_t offset);
 int lm_sys_protect(void *address, size_t length, int prot);
 int lm_sys_advise(void *address, size_t length, int advice);
+/* Whether something is mapped at every page. */
+bool lm_sys_is_mapped(void *address, size_t length);
 int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages);
 
 /* Give this thread a table of descriptors of its own in which only `keep` and stderr are open. */

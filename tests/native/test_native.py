@@ -64,7 +64,7 @@ def link(program: str, sanitizer: str, objects: list[Path], folder: Path) -> Pat
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("program", ["test_uffd", "test_leaves", "test_engine", "test_fetch"])
+@pytest.mark.parametrize("program", ["test_uffd", "test_leaves", "test_engine", "test_places", "test_fetch"])
 def test_native_program_passes(
     program: str, sanitizer: str, objects: Callable[[str], list[Path]], tmp_path: Path
 ) -> None:
