@@ -173,7 +173,7 @@ EXPLANATIONS: Final = (
         ReadError,
         "I/O error, short file, no descriptors, no threads; a store that does not deliver within `timeout`; "
         "memory that a fork or closed descriptors have made unreachable",
-        "as the message says", ("SHORT", "CODEC", "STORE", "FETCHER", "LOST"),
+        "as the message says", ("SHORT", "CODEC", "STORE", "FETCHER", "LOST", "MOVED"),
     ),
     Explanation(
         SnapshotChanged, "the file or object was changed while open, or after it was pickled",

@@ -269,6 +269,12 @@ class Memory:
     def _translate(self, error: NativeError) -> LazymemError:
         if error.code == _native.E_CLOSED:
             return SnapshotClosed(f"{self.url}: was closed meanwhile; open it again")
+        if error.code == _native.E_MOVED:
+            return ReadError(
+                f"{self.url}: a part of its memory was unmapped or moved by this process (munmap, mmap, "
+                "mremap), so it cannot be read there; open it again",
+                url=self.url,
+            )
         if error.code == _native.E_LOST:
             return ReadError(
                 f"{self.url}: {error}, a line on stderr has said why; open it again", url=self.url

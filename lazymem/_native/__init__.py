@@ -51,6 +51,7 @@ _OWN_CODES: Final = {
     lib.LM_E_CHANGED: "the object was replaced after it was opened",
     lib.LM_E_OPTION: "the URL or an option cannot be right",
     lib.LM_E_FETCHER: "the fetcher cannot be started or does not answer",
+    lib.LM_E_MOVED: "the application has unmapped or moved it",
     lib.LM_E_LOST: "its memory cannot be served any more",
 }
 #: LM_E_* by number, without the prefix.
@@ -88,6 +89,7 @@ E_OPTION: Final[int] = lib.LM_E_OPTION
 E_FETCHER: Final[int] = lib.LM_E_FETCHER
 E_FULL: Final[int] = lib.LM_E_FULL
 E_LOST: Final[int] = lib.LM_E_LOST
+E_MOVED: Final[int] = lib.LM_E_MOVED
 
 
 class Message:

@@ -7,11 +7,13 @@
 #include "engine.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
 
 #include "fetch.h"
+#include "places.h"
 #include "sys.h"
 #include "trap.h"
 #include "uffd.h"
@@ -22,6 +24,10 @@
 #define LM_PREFETCH_SCAN 4096
 /* How long a thread that waits may hold signals back: what a handler is late at most. */
 #define LM_SIGNALS_MS 10
+/* Each reads events and yields: in practice as many as threads change the address space. */
+#define LM_SETTLE_ROUNDS 1000000
+#define LM_FORK_ROUNDS 1000
+#define LM_DISCARD_MS 100
 
 /* All zeros until `prepare` runs: with one value that is not, its queues were megabytes of the library's
  * file, and of pages that every fork copies. */
@@ -32,8 +38,7 @@ static int unprepared; /* why fork is not provided for: then nothing opens, for 
 
 /* ---- regions by address ---- */
 
-/* Index of the first region whose base lies above address. */
-static size_t upper_bound(uintptr_t address)
+size_t lm_engine_upper_bound(uintptr_t address)
 {
     size_t low = 0, high = engine->region_count;
 
@@ -46,14 +51,6 @@ static size_t upper_bound(uintptr_t address)
             high = middle;
     }
     return low;
-}
-
-static struct lm_region *find_locked(uintptr_t address)
-{
-    size_t above = upper_bound(address);
-    struct lm_region *region = above == 0 ? NULL : engine->regions[above - 1];
-
-    return region != NULL && address - (uintptr_t)region->base < region->size ? region : NULL;
 }
 
 static int grow_index_locked(void)
@@ -72,42 +69,74 @@ static int grow_index_locked(void)
     return 0;
 }
 
+void lm_engine_lock_settled(int rounds)
+{
+    int index;
+
+    for (;; rounds--) {
+        pthread_rwlock_wrlock(&engine->installs);
+        pthread_mutex_lock(&engine->lock);
+        if (lm_places_settled_locked() || rounds <= 1)
+            return;
+        lm_engine_unlock_settled();
+        for (index = 0; index < LM_UFFD_COUNT; index++)
+            if (engine->uffds[index].fd >= 0)
+                lm_engine_read_events(index);
+        sched_yield();
+    }
+}
+
+void lm_engine_unlock_settled(void)
+{
+    pthread_mutex_unlock(&engine->lock);
+    pthread_rwlock_unlock(&engine->installs);
+}
+
 int lm_engine_insert(struct lm_region *region)
 {
     int error = 0;
 
-    pthread_mutex_lock(&engine->lock);
+    /* An event of memory that lay at the same address must not be taken for one of the region's. The address
+     * was free before the region came, so none is left once there is a moment without any. */
+    lm_engine_lock_settled(LM_SETTLE_ROUNDS);
     if (engine->region_count == engine->region_capacity)
         error = grow_index_locked();
     if (error == 0) {
-        size_t at = upper_bound((uintptr_t)region->base);
+        size_t at = lm_engine_upper_bound((uintptr_t)region->base);
 
+        lm_places_claim_locked(region);
         memmove(&engine->regions[at + 1], &engine->regions[at],
                 (engine->region_count - at) * sizeof *engine->regions);
         engine->regions[at] = region;
         engine->region_count++;
     }
-    pthread_mutex_unlock(&engine->lock);
+    lm_engine_unlock_settled();
     return error;
 }
 
-bool lm_engine_remove_idle(struct lm_region *region)
+bool lm_engine_release_idle(struct lm_region *region)
 {
     bool idle;
-    size_t at;
 
     pthread_mutex_lock(&engine->lock);
     idle = region->tasks == 0 && region->calls == 0;
-    if (!idle) {
-        pthread_mutex_unlock(&engine->lock);
-        return false;
-    }
-    at = upper_bound((uintptr_t)region->base) - 1;
+    region->released = idle;
+    pthread_mutex_unlock(&engine->lock);
+    return idle;
+}
+
+void lm_engine_remove(struct lm_region *region)
+{
+    size_t at;
+
+    pthread_mutex_lock(&engine->lock);
+    at = lm_engine_upper_bound((uintptr_t)region->base) - 1;
+    while (engine->regions[at] != region) /* one that lost its base may share it with the next */
+        at--;
     engine->region_count--;
     memmove(&engine->regions[at], &engine->regions[at + 1],
             (engine->region_count - at) * sizeof *engine->regions);
     pthread_mutex_unlock(&engine->lock);
-    return true;
 }
 
 uint64_t lm_engine_region_count(void)
@@ -210,14 +239,12 @@ static void run_ahead_locked(struct lm_region *region, uint64_t chunk)
 }
 
 /* True if *ret_task is new work. */
-static bool accept_fault_locked(uintptr_t address, uint64_t now, struct lm_task *ret_task)
+static bool accept_fault_locked(struct lm_region *region, uint64_t offset, uintptr_t address, uint64_t now,
+                                struct lm_task *ret_task)
 {
-    struct lm_region *region = find_locked(address);
     struct lm_task task = { .region = region, .address = address, .start_ns = now };
 
-    if (region == NULL)
-        return false; /* closed meanwhile: munmap has woken whoever waited */
-    task.chunk = (address - (uintptr_t)region->base) >> region->table.chunk_shift;
+    task.chunk = offset >> region->table.chunk_shift;
     atomic_fetch_add_explicit(&region->counters.faults, 1, memory_order_relaxed);
     for (;;) {
         if (lm_table_claim(&region->table, task.chunk, true)) {
@@ -250,8 +277,7 @@ void lm_engine_turn_away_locked(const struct lm_task *task)
     if (task->kind != LM_TASK_RECHECK)
         lm_table_publish(&region->table, task->chunk, LM_STATE_ABSENT);
     region->tasks--;
-    region->pages->wake(region, region->base + (task->chunk << region->table.chunk_shift),
-                        (size_t)1 << region->table.chunk_shift);
+    region->pages->wake(region, task->chunk, true);
 }
 
 /* Whoever serves the queue that a fault goes to: the courier where its bytes come over a network, and only
@@ -269,12 +295,13 @@ static struct lm_queue *queue_for(const struct lm_task *task)
 /* Faults that one thread takes up, and what they came to: tasks for resolvers, the courier, composers. */
 struct intake { unsigned queued, asked, composed; };
 
-static void take_up_locked(struct intake *intake, uintptr_t address, uint64_t now)
+static void take_up_locked(struct intake *intake, struct lm_region *region, uint64_t offset, uintptr_t address,
+                           uint64_t now)
 {
     struct lm_queue *queue;
     struct lm_task task;
 
-    if (!accept_fault_locked(address, now, &task))
+    if (!accept_fault_locked(region, offset, address, now, &task))
         return;
     queue = queue_for(&task);
     if (!lm_queue_push_task(queue, &task))
@@ -293,29 +320,69 @@ static void rouse_locked(const struct intake *intake)
         pthread_cond_broadcast(&engine->work);
 }
 
-/* Read what the kernel has and queue it. */
-static void read_messages(int fd)
+static void take_message_locked(struct intake *intake, const struct lm_uffd *uffd, uintptr_t address, uint64_t now)
+{
+    uint64_t offset = 0;
+    struct lm_region *region = lm_places_find_locked(address, &offset);
+    size_t page = lm_sys_page_size();
+
+    if (region == NULL)
+        lm_places_fault_elsewhere_locked(uffd, address);
+    else if (region->released) /* it faults again, until there is nothing to fault on */
+        (void)lm_uffd_wake(uffd->fd, address & ~(uintptr_t)(page - 1), page);
+    else
+        take_up_locked(intake, region, offset, address, now);
+}
+
+/* Queue the faults among the messages, once what the others tell of is recorded. */
+static void sort_locked(struct intake *intake, const struct lm_uffd *uffd, const struct lm_uffd_message *messages,
+                        int count)
+{
+    uint64_t now = lm_sys_now_ns();
+    int i;
+
+    for (i = 0; i < count; i++)
+        if (messages[i].event != LM_UFFD_EVENT_PAGEFAULT)
+            lm_places_note_locked(uffd, &messages[i]);
+    for (i = 0; i < count; i++)
+        if (messages[i].event == LM_UFFD_EVENT_PAGEFAULT)
+            take_message_locked(intake, uffd, (uintptr_t)messages[i].address, now);
+    rouse_locked(intake);
+}
+
+/* Read what the kernel has and queue it. Reading and recording are one step under the lock: whoever has come
+ * back from munmap or mremap, and then asks where a region lies, is told of it. Returns the tasks for resolvers. */
+static unsigned read_messages(int index)
 {
     struct lm_uffd_message messages[LM_MESSAGES];
     struct intake intake = { 0 };
-    int count, i;
+    int count;
 
     do {
-        uint64_t now;
+        bool alone = engine->scattered;
 
-        count = lm_uffd_read(fd, messages, LM_MESSAGES);
+        if (alone) /* what an event is about must not be in use while its sender goes on */
+            pthread_rwlock_wrlock(&engine->installs);
+        pthread_mutex_lock(&engine->lock);
+        if (lm_places_unsettled_locked())
+            (void)lm_places_settled_locked(); /* what is read now is younger than what is recorded */
+        count = lm_uffd_read(engine->uffds[index].fd, messages, LM_MESSAGES);
+        sort_locked(&intake, &engine->uffds[index], messages, count);
+        pthread_mutex_unlock(&engine->lock);
+        if (alone)
+            pthread_rwlock_unlock(&engine->installs);
         if (count < 0)
             lm_engine_note_lost();
-        now = lm_sys_now_ns();
-        pthread_mutex_lock(&engine->lock);
-        for (i = 0; i < count; i++)
-            if (messages[i].event == LM_UFFD_EVENT_PAGEFAULT)
-                take_up_locked(&intake, (uintptr_t)messages[i].address, now);
-        rouse_locked(&intake);
-        pthread_mutex_unlock(&engine->lock);
     } while (count == LM_MESSAGES); /* the poller reports an edge: leave nothing behind */
-    if (intake.queued > 1)
-        lm_sys_ring(engine->bell, intake.queued - 1);
+    return intake.queued;
+}
+
+void lm_engine_read_events(int index)
+{
+    unsigned queued = read_messages(index);
+
+    if (queued > 0)
+        lm_sys_ring(engine->bell, queued);
 }
 
 /* The same for what threads have put into slots. */
@@ -325,12 +392,13 @@ static void take_traps(void)
     uintptr_t address;
 
     while (lm_trap_take(&address)) {
-        const struct lm_region *region;
+        struct lm_region *region;
+        uint64_t offset;
 
         pthread_mutex_lock(&engine->lock);
-        region = find_locked(address);
-        if (region != NULL && region->pages == &lm_pages_trap)
-            take_up_locked(&intake, address, lm_sys_now_ns());
+        region = lm_places_find_locked(address, &offset);
+        if (region != NULL && region->pages == &lm_pages_trap && !region->released)
+            take_up_locked(&intake, region, offset, address, lm_sys_now_ns());
         else
             lm_trap_answer(address, 1, LM_TRAP_FOREIGN);
         rouse_locked(&intake);
@@ -413,6 +481,7 @@ static void *resolve(void *argument)
     struct lm_worker *worker = argument;
     struct lm_task task;
     uint64_t one;
+    unsigned queued;
     uint32_t tag;
     int ready;
 
@@ -430,8 +499,8 @@ static void *resolve(void *argument)
             continue;
         if (tag == LM_BELL)
             (void)lm_sys_read(engine->bell, &one, sizeof one); /* somebody else may have taken it */
-        else
-            read_messages(engine->uffds[tag].fd);
+        else if ((queued = read_messages((int)tag)) > 1)
+            lm_sys_ring(engine->bell, queued - 1); /* one of them is for this thread */
     }
 }
 
@@ -509,8 +578,14 @@ static void *compose(void *argument)
 
 static void init_sync(void)
 {
+    pthread_rwlockattr_t fair;
     pthread_condattr_t clock;
 
+    /* Else a new region might wait for as long as others are populated. */
+    pthread_rwlockattr_init(&fair);
+    (void)pthread_rwlockattr_setkind_np(&fair, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    pthread_rwlock_init(&engine->installs, &fair);
+    pthread_rwlockattr_destroy(&fair);
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
     pthread_mutex_init(&engine->lifecycle, NULL);
@@ -560,14 +635,10 @@ static void close_descriptors(void)
  * keeper makes the memory inaccessible and wakes whoever waits: SIGSEGV after a line, never zeros.
  */
 
-static void lose_region(struct lm_region *region, const char *when, int code)
+static void lose_region(struct lm_region *region, int fd, const char *when, int code)
 {
-    uint64_t i;
-
     atomic_store(&region->lost, true);
-    for (i = 0; i < region->registered_count; i++)
-        (void)lm_sys_protect(region->base + region->registered[i].start,
-                             region->registered[i].length, PROT_NONE);
+    lm_places_lose_locked(region, fd);
     lm_report_lost_region(region, when, code);
 }
 
@@ -580,8 +651,21 @@ static void lose_regions_locked(int index, int fd)
 
         if (region->pages != &lm_pages_uffd || region->uffd != index)
             continue;
-        lose_region(region, "its descriptors were closed by the application", -EBADF);
-        (void)lm_uffd_wake(fd, (uintptr_t)region->base, region->size);
+        lose_region(region, fd, "its descriptors were closed by the application", -EBADF);
+    }
+}
+
+/* Nobody else reads any more: whoever unmapped registered memory just before it was lost still waits. */
+static void discard_messages_locked(int fd)
+{
+    struct lm_uffd_message messages[LM_MESSAGES];
+    struct timespec deadline;
+
+    while (!engine->stopping) {
+        while (lm_uffd_read(fd, messages, LM_MESSAGES) > 0)
+            ;
+        lm_sys_deadline(LM_DISCARD_MS, &deadline);
+        (void)pthread_cond_timedwait(&engine->end, &engine->lock, &deadline);
     }
 }
 
@@ -597,10 +681,10 @@ static void *keep(void *argument)
     pthread_cond_broadcast(&engine->progress);
     while (!engine->stopping && !engine->lost)
         pthread_cond_wait(&engine->end, &engine->lock);
-    if (engine->lost)
+    if (engine->lost) {
         lose_regions_locked((int)(uffd - engine->uffds), fd);
-    while (!engine->stopping)
-        pthread_cond_wait(&engine->end, &engine->lock);
+        discard_messages_locked(fd);
+    }
     pthread_mutex_unlock(&engine->lock);
     return NULL;
 }
@@ -744,7 +828,7 @@ int lm_engine_acquire_locked(int threads)
     engine->resolver_count = threads > 0 ? clamp(threads, 1, LM_MAX_RESOLVERS) : clamp(cpus, 2, 8);
     engine->helper_count = threads > 0 ? clamp(threads, 1, LM_MAX_HELPERS) : clamp(cpus, 1, 8);
     pthread_mutex_lock(&engine->lock); /* the courier outlives the engine, and looks at its queues */
-    engine->stopping = engine->lost = false;
+    engine->stopping = engine->lost = engine->scattered = false;
     lm_queue_clear(&engine->queue);
     lm_queue_clear(&engine->remote);
     lm_queue_clear(&engine->arrived);
@@ -898,7 +982,12 @@ int lm_engine_thread_count(void)
  * and the descriptors. A chunk that was loading is absent again. If some of its pages had been installed
  * they stay: installing steps over them. No page can be missing whose chunk's state says that it is
  * present: the state is published after the install, and no install ends between the copy of the
- * region's pages and the copy of its states, because fork holds the address space for both.
+ * region's pages and the copy of its states, because fork holds the address space for both. (And should
+ * one be missing all the same: it faults, and is rechecked.)
+ *
+ * What the application unmapped or moved is recorded when its munmap or mremap returns, but for the moment
+ * between reading an event and recording it, which before_fork waits out. Events that are sent later are of
+ * other threads, which do not exist in the child and have told nobody of their new addresses.
  */
 
 static sigset_t signals_before_fork; /* under lifecycle */
@@ -906,8 +995,17 @@ static sigset_t signals_before_fork; /* under lifecycle */
 static void before_fork(void)
 {
     sigset_t before = lm_sys_signals_block(); /* a handler in the child might touch what is not registered yet */
+    bool unsettled;
 
     pthread_mutex_lock(&engine->lifecycle);
+    /* Whoever is in the middle of recording an event is done then: its sender may be the one that forks. */
+    pthread_mutex_lock(&engine->lock);
+    unsettled = lm_places_unsettled_locked();
+    pthread_mutex_unlock(&engine->lock);
+    if (unsettled && !engine->lost) {
+        lm_engine_lock_settled(LM_FORK_ROUNDS);
+        lm_engine_unlock_settled();
+    }
     lm_trap_before_fork();
     signals_before_fork = before;
 }
@@ -937,8 +1035,11 @@ static void revive_region(struct lm_region *region, const int *errors, int error
     if (region->pages == &lm_pages_uffd && engine->lost)
         return;
     error = region->pages->revive(region, region->pages == &lm_pages_uffd ? errors[region->uffd] : error);
-    if (error < 0)
-        lose_region(region, "after fork, in the child", error);
+    if (error < 0) {
+        pthread_mutex_lock(&engine->lock);
+        lose_region(region, -1, "after fork, in the child", error);
+        pthread_mutex_unlock(&engine->lock);
+    }
 }
 
 /* Regions that children do not get are closed here, and need no threads. */
@@ -990,6 +1091,7 @@ static void revive(void)
         polls = polls || used[index];
     }
     close_descriptors(); /* this process's copies only; the parent's go on */
+    lm_places_after_fork();
     if (engine->traps)
         lm_trap_after_fork();
     if (engine->users == 0) {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * engine.h: what engine.c, populate.c, region.c and report.c share. Not for anybody else.
+ * engine.h: what engine.c, places.c, populate.c, region.c and report.c share. Not for anybody else.
  *
  * One engine a process: its resolver threads read the userfaultfds and resolve demand faults, its
  * catchers do the same for faults that come as signals, its helper threads populate what was asked for beforehand. It runs while at least one region that needs
@@ -8,8 +8,9 @@
  *
  * Locks, in the order in which they may be taken (DESIGN.md has the reasons):
  *   lifecycle   start and stop of threads, opening of descriptors, which regions there are, fork
- *   lock        the same regions by address, queue, tasks, errors
- * Neither is ever held while a thread waits for a disk, a decoder or Python.
+ *   installs    shared: between asking where a chunk lies and installing it there; alone: see places.h
+ *   lock        the same regions by address, their pieces, queue, tasks, errors
+ * None is ever held while a thread waits for a disk, a decoder or Python.
  */
 #ifndef LM_ENGINE_H
 #define LM_ENGINE_H
@@ -21,6 +22,7 @@
 
 #include "lazymem.h"
 #include "pages.h"
+#include "pieces.h"
 #include "queue.h"
 #include "sys.h"
 #include "table.h"
@@ -93,6 +95,7 @@ struct lm_region {
 
     /* Under the engine's lock. */
     bool closing, closed;
+    bool released;    /* its memory is being given back */
     bool leaving;     /* closing, and nobody waits for bytes: what is on its way may be dropped */
     unsigned tasks;   /* queued or running */
     unsigned calls;   /* of the public functions, in other threads */
@@ -102,6 +105,7 @@ struct lm_region {
     struct lm_scan ahead[LM_SCANS];
     uint64_t ahead_time;
     uint32_t readahead;
+    struct lm_pieces pieces;
 
     struct lm_counters counters;
 };
@@ -131,6 +135,7 @@ struct lm_uffd {
 
 struct lm_engine {
     pthread_mutex_t lifecycle, lock;
+    pthread_rwlock_t installs;
     pthread_cond_t work;     /* helpers wait here */
     pthread_cond_t progress; /* lm_region_wait and lm_region_close wait here */
     pthread_cond_t end;      /* keepers wait here */
@@ -148,6 +153,7 @@ struct lm_engine {
 
     struct lm_region **regions; /* sorted by base */
     size_t region_count, region_capacity;
+    _Atomic bool scattered; /* the application has moved or unmapped lazy memory */
     struct lm_queue queue;     /* of chunks that need no courier */
     struct lm_queue remote;    /* of chunks to be asked for */
     struct lm_queue arrived;   /* tasks only: chunks whose bytes came, and somebody waits for them */
@@ -164,9 +170,13 @@ int lm_engine_uffd_locked(int backend, int *ret_index);
 int lm_engine_traps_locked(void);          /* have touches that come as signals served */
 int lm_engine_threads_locked(void);        /* have all wanted threads run */
 int lm_engine_composers_locked(void);      /* composers are wanted, too */
+/* From then on its faults are accepted: before it is registered, else a fault of memory that lay at the same
+ * address would find nothing there. */
 int lm_engine_insert(struct lm_region *region);
-/* No address leads to the region any more. False, and no change, while a task or a call uses it. */
-bool lm_engine_remove_idle(struct lm_region *region);
+/* From now on none of its faults makes work. False, and no change, while a task or a call uses it. */
+bool lm_engine_release_idle(struct lm_region *region);
+/* No address leads to the region any more. */
+void lm_engine_remove(struct lm_region *region);
 /* Whether chunks of the region come by way of the courier: remote, and not composed. */
 bool lm_engine_by_courier(const struct lm_region *region);
 /* Forget that chunks [first, end) were to be populated. lock is held. */
@@ -179,6 +189,14 @@ void lm_engine_turn_away_locked(const struct lm_task *task);
 /* Wait for progress, until the deadline if there is one; nonzero once it has passed. Signals that LM_HOLD_SIGNALS
  * holds back are let through now and then, without the lock. lock is held, once. */
 int lm_engine_wait_locked(const sigset_t *before, const struct timespec *deadline);
+/* Index of the first region whose base lies above an address. lock is held. */
+size_t lm_engine_upper_bound(uintptr_t address);
+/* Read and record what the kernel has to say of a userfaultfd, faults too. */
+void lm_engine_read_events(int index);
+/* Take installs alone, and lock, at a moment when no event is unread: what is recorded is how things are.
+ * Failing that within so many rounds, take them all the same. */
+void lm_engine_lock_settled(int rounds);
+void lm_engine_unlock_settled(void);
 /* An ioctl or read found that the application has closed our descriptors. */
 void lm_engine_note_lost(void);
 
@@ -194,6 +212,8 @@ void lm_worker_destroy(struct lm_worker *worker);
 /* text: what the store said, or NULL. */
 void lm_report_failed_touch(const struct lm_region *region, uint64_t chunk, int code, const char *text);
 void lm_report_lost_region(const struct lm_region *region, const char *when, int code);
+/* region: whose memory it is, or NULL. */
+void lm_report_memory(const struct lm_region *region, const char *what);
 /* The first array with bytes in [start, end), or array_count. */
 uint64_t lm_report_find_array(const struct lm_region *region, uint64_t start, uint64_t end);
 

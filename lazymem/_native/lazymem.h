@@ -39,6 +39,9 @@
 #define LM_E_FETCHER    -1014 /* the fetcher cannot be started, or does not answer */
 #define LM_E_LOST       -1015 /* no thread of ours serves the memory any more: it was made inaccessible */
 
+/* The application's doing. */
+#define LM_E_MOVED      -1015 /* it has unmapped or moved the memory that was asked for */
+
 /* ---- chunks ---- */
 #define LM_CODEC_RAW    0
 #define LM_CODEC_LZ4    1
@@ -352,7 +355,7 @@ int lm_region_error_text(lm_region *region, uint64_t chunk, char *out, size_t le
 /* Give the pages of populated chunks back; a later touch populates them again. What was written to them in
  * mode "c" is lost. Chunks that the kernel does not take back, as of locked memory, stay as they are. */
 int lm_region_evict(lm_region *region, uint64_t first, uint64_t count);
-/* memcpy out of the region; the caller has populated the range. */
+/* memcpy out of the region; the caller has populated the range. LM_E_MOVED if some of it is gone. */
 int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length);
 /* Read a byte of each page, as an application does: pages of populated chunks that were given back (by
  * madvise(), say) come again, if need be by a fault. The caller has populated the range. */

@@ -13,17 +13,17 @@
 struct lm_region;
 
 struct lm_pages {
-    /* The whole chunk at `at` shows `bytes`, or zeros if NULL; no thread sees a part of it that is not final.
+    /* The whole chunk shows `bytes`, or zeros if NULL; no thread sees a part of it that is not final.
      * by_move: the memory of `bytes` may be taken. */
-    int (*install)(struct lm_region *region, unsigned char *at, const unsigned char *bytes, bool by_move);
-    /* Whoever waits for a page of the range tries again, and learns whether it is poisoned. */
-    void (*wake)(struct lm_region *region, unsigned char *at, size_t length);
+    int (*install)(struct lm_region *region, uint64_t chunk, const unsigned char *bytes, bool by_move);
+    /* Whoever waits for a page of the chunk tries again, and learns whether it is poisoned. locked: lock is held. */
+    void (*wake)(struct lm_region *region, uint64_t chunk, bool locked);
     /* Have the missing pages of a chunk raise a signal. */
-    int (*poison)(struct lm_region *region, unsigned char *at);
+    int (*poison)(struct lm_region *region, uint64_t chunk);
     /* Whether a page of a chunk that is present has to be put in place again: the application gave it back. */
     bool (*was_given_back)(uintptr_t address);
     /* Take a chunk's pages back: a touch waits again. */
-    int (*evict)(struct lm_region *region, unsigned char *at);
+    int (*evict)(struct lm_region *region, uint64_t chunk);
     /* In the child of a fork: have touches wait again. `error`: why nobody can be woken, or 0. Returns why
      * they do not, and what is missing is inaccessible then. */
     int (*revive)(struct lm_region *region, int error);

@@ -113,6 +113,11 @@ static int hide(struct lm_region *region, const struct lm_stage *stage, unsigned
     return map(region, stage, at, length, PROT_NONE, region->size + (uint64_t)(at - region->base));
 }
 
+static unsigned char *address_of(const struct lm_region *region, uint64_t chunk)
+{
+    return region->base + (chunk << region->table.chunk_shift);
+}
+
 static int install_once(struct lm_region *region, unsigned char *at, const unsigned char *bytes)
 {
     struct lm_stage stage;
@@ -128,8 +133,9 @@ static int install_once(struct lm_region *region, unsigned char *at, const unsig
     return error;
 }
 
-static int trap_install(struct lm_region *region, unsigned char *at, const unsigned char *bytes, bool by_move)
+static int trap_install(struct lm_region *region, uint64_t chunk, const unsigned char *bytes, bool by_move)
 {
+    unsigned char *at = address_of(region, chunk);
     int attempt, error = -EBADF;
 
     (void)by_move;
@@ -141,17 +147,17 @@ static int trap_install(struct lm_region *region, unsigned char *at, const unsig
     return error;
 }
 
-static void trap_wake(struct lm_region *region, unsigned char *at, size_t length)
+static void trap_wake(struct lm_region *region, uint64_t chunk, bool locked)
 {
-    uint64_t chunk = (uint64_t)(at - region->base) >> region->table.chunk_shift;
     bool is_bad = lm_table_state(&region->table, chunk) == LM_STATE_POISONED;
 
-    lm_trap_answer((uintptr_t)at, length, is_bad ? LM_TRAP_BAD : LM_TRAP_AGAIN);
+    (void)locked;
+    lm_trap_answer((uintptr_t)address_of(region, chunk), chunk_size(region), is_bad ? LM_TRAP_BAD : LM_TRAP_AGAIN);
 }
 
-static int trap_poison(struct lm_region *region, unsigned char *at)
+static int trap_poison(struct lm_region *region, uint64_t chunk)
 {
-    (void)region, (void)at; /* it stays inaccessible, and whoever waits is told when woken */
+    (void)region, (void)chunk; /* it stays inaccessible, and whoever waits is told when woken */
     return 0;
 }
 
@@ -161,8 +167,9 @@ static bool trap_was_given_back(uintptr_t address)
     return false; /* the stage has them */
 }
 
-static int trap_evict(struct lm_region *region, unsigned char *at)
+static int trap_evict(struct lm_region *region, uint64_t chunk)
 {
+    unsigned char *at = address_of(region, chunk);
     struct lm_stage stage;
     int error = use_stage(region, &stage);
 

@@ -13,6 +13,7 @@
 #include "compose.h"
 #include "engine.h"
 #include "fetch.h"
+#include "places.h"
 #include "sys.h"
 
 #define LM_POISON_ATTEMPTS 100 /* a second; then all of it is tried again, the line included */
@@ -120,7 +121,6 @@ static void settle_failure(const struct lm_task *task, int code, const char *tex
 {
     struct lm_region *region = task->region;
     uint64_t chunk = task->chunk;
-    unsigned char *at = region->base + (chunk << region->table.chunk_shift);
     int error, attempt;
 
     record_error(region, chunk, code, text);
@@ -133,10 +133,10 @@ static void settle_failure(const struct lm_task *task, int code, const char *tex
     /* The line comes first: the signal may end the process. */
     lm_report_failed_touch(region, chunk, code, text);
     /* Without memory even for that, as a touch of any memory would, it waits for some. */
-    for (attempt = 0; (error = region->pages->poison(region, at)) < 0 && attempt < LM_POISON_ATTEMPTS; attempt++)
+    for (attempt = 0; (error = region->pages->poison(region, chunk)) < 0 && attempt < LM_POISON_ATTEMPTS; attempt++)
         (void)usleep(10000);
     lm_table_publish(&region->table, chunk, error < 0 ? LM_STATE_ABSENT : LM_STATE_POISONED);
-    region->pages->wake(region, at, (size_t)1 << region->table.chunk_shift);
+    region->pages->wake(region, chunk, false);
 }
 
 static void count_success(struct lm_region *region, const struct lm_task *task, size_t length)
@@ -216,11 +216,9 @@ static bool recheck(const struct lm_task *task)
 {
     struct lm_region *region = task->region;
 
-
     if (region->pages->was_given_back((uintptr_t)task->address) && lm_table_reclaim(&region->table, task->chunk))
         return true;
-    region->pages->wake(region, region->base + (task->chunk << region->table.chunk_shift),
-                        (size_t)1 << region->table.chunk_shift);
+    region->pages->wake(region, task->chunk, false);
     return false;
 }
 
@@ -228,7 +226,6 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
 {
     struct lm_region *region = task->region;
     size_t chunk_size = (size_t)1 << region->table.chunk_shift;
-    unsigned char *at = region->base + (task->chunk << region->table.chunk_shift);
     bool by_move = region->install == LM_INSTALL_MOVE;
     const unsigned char *bytes;
     char text[LM_FETCH_TEXT] = "";
@@ -254,7 +251,7 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
     }
     time = lm_sys_now_ns();
     if (error == 0) /* bytes in the memory shared with the fetcher stay there: only copied */
-        error = region->pages->install(region, at, bytes, by_move && bytes == worker->plain);
+        error = region->pages->install(region, task->chunk, bytes, by_move && bytes == worker->plain);
     if (error < 0) {
         settle_failure(task, error, task->range != NULL && task->error != 0 ? task->range->text : text);
         return error;
@@ -263,6 +260,6 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
     (void)lap(&region->counters.install_ns, time);
     count_success(region, task, chunk_size);
     lm_table_publish(&region->table, task->chunk, LM_STATE_PRESENT);
-    region->pages->wake(region, at, chunk_size);
+    region->pages->wake(region, task->chunk, false);
     return 0;
 }

@@ -11,6 +11,7 @@
 #include "compose.h"
 #include "engine.h"
 #include "fetch.h"
+#include "places.h"
 #include "source.h"
 #include "sys.h"
 #include "trap.h"
@@ -122,16 +123,17 @@ static int allocate(const lm_region_spec *spec, uint64_t holes, struct lm_region
     return 0;
 }
 
-/* Everything but the handle. */
+static void forget_traps(struct lm_region *region)
+{
+    if (region->pages == &lm_pages_trap)
+        lm_pages_trap_detach(region);
+}
+
+/* Everything but the handle and the memory. */
 static void give_back(struct lm_region *region)
 {
     int i;
 
-    if (region->pages == &lm_pages_trap)
-        lm_pages_trap_detach(region);
-    if (!region->dropped || region->process == lm_sys_process()) /* else it is not ours, whatever lies there */
-        lm_sys_free(region->base, region->size);
-    region->base = NULL;
     for (i = 0; i < region->source_count; i++) {
         if (region->remote)
             lm_source_close(region->sources[i]);
@@ -145,6 +147,8 @@ static void give_back(struct lm_region *region)
 
 static void destroy(struct lm_region *region)
 {
+    forget_traps(region);
+    lm_places_release(region);
     give_back(region);
     lm_sys_free(region, region->memory);
 }
@@ -154,6 +158,7 @@ void lm_region_leave_behind(struct lm_region *region)
     lm_sys_guard(region->base, region->size);
     region->calls = region->tasks = 0;
     region->closing = region->closed = true;
+    forget_traps(region);
     give_back(region);
 }
 
@@ -349,18 +354,24 @@ static int attach_locked(struct lm_region *region, const lm_region_spec *spec, u
     error = reserve(region);
     if (error < 0)
         return error;
+    lm_pieces_init(&region->pieces, (uintptr_t)region->base, region->size);
     if (region->pages == &lm_pages_trap)
         error = lm_pages_trap_attach(region);
     if (error == 0)
-        error = watch_ranges(region, hole_size);
+        error = lm_engine_insert(region);
+    if (error < 0) {
+        forget_traps(region); /* while lifecycle is held */
+        return error;
+    }
+    error = watch_ranges(region, hole_size);
     if (error == 0)
         error = keep_from_children(region);
     if (error == 0 && region->pages != &lm_pages_trap)
         error = lm_sys_protect(region->base, region->size, region->prot);
-    if (error == 0)
-        error = lm_engine_insert(region);
-    if (error < 0 && region->pages == &lm_pages_trap)
-        lm_pages_trap_detach(region); /* while lifecycle is held */
+    if (error < 0) {
+        lm_engine_remove(region);
+        forget_traps(region);
+    }
     return error;
 }
 
@@ -457,8 +468,10 @@ int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece
     region->prot = PROT_READ | (writable ? PROT_WRITE : 0);
     region->size = (size + page - 1) & ~(uint64_t)(page - 1);
     error = reserve(region);
-    if (error == 0)
+    if (error == 0) {
+        lm_pieces_init(&region->pieces, (uintptr_t)region->base, region->size);
         error = lm_sys_protect(region->base, region->size, region->prot);
+    }
     if (error == 0)
         error = map_pieces(region, pieces, piece_count);
     if (error == 0)
@@ -566,12 +579,16 @@ void lm_region_close(lm_region *region)
         return;
     wait_until_idle(region, &lm_signals_before);
     pthread_mutex_lock(&lm_engine.lifecycle);
-    /* A resolver may hold a message that it read long ago, and make work of it until no address leads here. */
-    while (region->backend != LM_BACKEND_MAP && !lm_engine_remove_idle(region)) {
+    /* A resolver may hold a message that it read long ago, and make work of it until it is released. */
+    while (!lm_engine_release_idle(region)) {
         pthread_mutex_unlock(&lm_engine.lifecycle);
         wait_until_idle(region, &lm_signals_before);
         pthread_mutex_lock(&lm_engine.lifecycle);
     }
+    forget_traps(region);
+    lm_places_release(region); /* before it is removed: its faults would look like somebody's */
+    if (region->backend != LM_BACKEND_MAP)
+        lm_engine_remove(region);
     give_back(region);
     pthread_mutex_lock(&lm_engine.lock);
     region->closed = true;
@@ -707,19 +724,14 @@ static int map_prefetch(lm_region *region, uint64_t first, uint64_t count)
                          MADV_WILLNEED);
 }
 
-static void reset_chunk(struct lm_region *region, uint64_t chunk)
+static void reset_chunk_locked(struct lm_region *region, uint64_t chunk)
 {
-    size_t size = (size_t)1 << region->table.chunk_shift;
-    unsigned char *at = region->base + (chunk << region->table.chunk_shift);
     bool poisoned = lm_table_state(&region->table, chunk) == LM_STATE_POISONED;
 
     lm_table_reset(&region->table, chunk);
-    if (!poisoned || region->backend == LM_BACKEND_EAGER || lm_table_record(&region->table, chunk) != NULL)
-        return;
     /* Nobody populates zeros ahead of need, so nothing else would take the poison away. */
-    if (atomic_load(&region->guarded))
-        (void)lm_sys_protect(at, size, region->prot);
-    (void)lm_sys_advise(at, size, MADV_DONTNEED);
+    if (poisoned && region->pages == &lm_pages_uffd && lm_table_record(&region->table, chunk) == NULL)
+        (void)lm_places_evict_locked(region, chunk);
 }
 
 /* What failed is asked for again, and so may heal. */
@@ -729,12 +741,12 @@ static void reset_failed_locked(struct lm_region *region, uint64_t first, uint64
 
     if (region->error_count > LM_ERROR_SLOTS) { /* more than are remembered: look everywhere */
         for (i = first; i < end; i++)
-            reset_chunk(region, i);
+            reset_chunk_locked(region, i);
         return;
     }
     for (i = 0; i < region->error_count; i++)
         if (region->errors[i].chunk >= first && region->errors[i].chunk < end)
-            reset_chunk(region, region->errors[i].chunk);
+            reset_chunk_locked(region, region->errors[i].chunk);
 }
 
 /* Together, so that whoever takes from the queue begins with the first. */
@@ -923,15 +935,14 @@ int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeou
 static void evict_chunk(struct lm_region *region, uint64_t chunk)
 {
     LM_HOLD_SIGNALS;
-    unsigned char *at = region->base + (chunk << region->table.chunk_shift);
     int error;
 
     if (lm_table_record(&region->table, chunk) == NULL || !lm_table_evict(&region->table, chunk))
         return;
-    error = region->pages->evict(region, at); /* memory that the application has locked stays */
+    error = region->pages->evict(region, chunk); /* memory that the application has locked stays */
     lm_table_publish(&region->table, chunk, error < 0 ? LM_STATE_PRESENT : LM_STATE_ABSENT);
     /* Whoever touched it meanwhile was told to wait for its owner. */
-    region->pages->wake(region, at, (size_t)1 << region->table.chunk_shift);
+    region->pages->wake(region, chunk, false);
 }
 
 /* What was asked for before is not wanted any more. */
@@ -975,6 +986,8 @@ int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length)
     error = enter_memory_as(region, true);
     if (error < 0)
         return error;
+    if (!lm_places_are_home(region, offset, length))
+        return leave_as(region, true, LM_E_MOVED);
     memcpy(out, region->base + offset, length);
     return leave_as(region, true, 0);
 }
@@ -989,6 +1002,8 @@ int lm_region_touch(lm_region *region, uint64_t offset, size_t length)
     error = enter_memory_as(region, true);
     if (error < 0)
         return error;
+    if (!lm_places_are_home(region, offset, length))
+        return leave_as(region, true, LM_E_MOVED);
     for (at = 0; at < length; at += page - ((offset + at) & (page - 1)))
         (void)*(volatile unsigned char *)(region->base + offset + at);
     return leave_as(region, true, 0);

@@ -105,3 +105,12 @@ void lm_report_lost_region(const struct lm_region *region, const char *when, int
 
     print(line, length, sizeof line);
 }
+
+void lm_report_memory(const struct lm_region *region, const char *what)
+{
+    char line[4096];
+    int length = snprintf(line, sizeof line, "lazymem: %.2048s%s%s\n", region == NULL ? "" : region->url,
+                          region == NULL ? "" : ": ", what);
+
+    print(line, length, sizeof line);
+}

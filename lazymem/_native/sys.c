@@ -322,6 +322,11 @@ int lm_sys_advise(void *address, size_t length, int advice)
     return madvise(address, length, advice) < 0 ? -errno : 0;
 }
 
+bool lm_sys_is_mapped(void *address, size_t length)
+{
+    return msync(address, length, MS_ASYNC) == 0; /* which does nothing else */
+}
+
 int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages)
 {
     return mincore(address, length, ret_pages) < 0 ? -errno : 0;

@@ -69,6 +69,8 @@ int lm_sys_map_fixed(void *address, size_t length, int prot, int flags, int fd, 
 int lm_sys_punch(int fd, uint64_t offset, size_t length);
 int lm_sys_protect(void *address, size_t length, int prot);
 int lm_sys_advise(void *address, size_t length, int advice);
+/* Whether something is mapped at every page. */
+bool lm_sys_is_mapped(void *address, size_t length);
 int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages);
 
 /* A poller reports descriptors by tag, a bell wakes as many of its waiters as it is rung for. */

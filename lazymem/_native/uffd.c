@@ -13,9 +13,9 @@
 #define LM_MODE_DONTWAKE    UINT64_C(1)
 #define LM_USER_MODE_ONLY   1
 
-/* EAGAIN without progress: another thread is changing the address space. It ends when that thread
- * leaves the kernel; a count this large is minutes of yielding, that is, never. */
-#define LM_STALL_LIMIT 100000000
+/* EAGAIN without progress: another thread is changing the address space, and may wait for us to read its
+ * event. */
+#define LM_STALL_LIMIT 100
 
 static int open_descriptor(int way)
 {
@@ -39,7 +39,12 @@ int lm_uffd_open(int way, int *ret_fd, uint64_t *ret_features)
 
     if (fd < 0)
         return fd;
+    api.features = LM_UFFD_FEATURE_EVENT_REMAP | LM_UFFD_FEATURE_EVENT_UNMAP;
     error = lm_sys_ioctl(fd, LM_UFFDIO_API, &api);
+    if (error == -EINVAL) {
+        api = (struct lm_uffd_api){ .api = LM_UFFD_API_VERSION };
+        error = lm_sys_ioctl(fd, LM_UFFDIO_API, &api);
+    }
     if (error < 0) {
         lm_sys_close(fd);
         return error;
@@ -103,50 +108,58 @@ static int advance(int error, int64_t reported, size_t *done, size_t page, int *
     return error;
 }
 
-int lm_uffd_copy(int fd, uintptr_t to, const void *from, size_t length)
+/* COPY where there is something to copy from; ZEROPAGE and POISON take the other form. Within one mapping. */
+static int fill_mapping(int fd, unsigned long number, uintptr_t start, const void *from, size_t length)
 {
     size_t page = lm_sys_page_size(), done = 0;
     int stalls = 0, error = 0;
 
     while (done < length && error == 0) {
-        struct lm_uffd_transfer request = {
-            .to = to + done,
+        struct lm_uffd_transfer transfer = {
+            .to = start + done,
             .from = (uintptr_t)from + done,
             .length = length - done,
             .mode = LM_MODE_DONTWAKE,
         };
-
-        error = lm_sys_ioctl(fd, LM_UFFDIO_COPY, &request);
-        error = advance(error, request.done, &done, page, &stalls);
-    }
-    return error;
-}
-
-static int fill(int fd, unsigned long number, uintptr_t start, size_t length)
-{
-    size_t page = lm_sys_page_size(), done = 0;
-    int stalls = 0, error = 0;
-
-    while (done < length && error == 0) {
         struct lm_uffd_fill request = {
             .range = { .start = start + done, .length = length - done },
             .mode = LM_MODE_DONTWAKE,
         };
 
-        error = lm_sys_ioctl(fd, number, &request);
-        error = advance(error, request.done, &done, page, &stalls);
+        error = lm_sys_ioctl(fd, number, from != NULL ? (void *)&transfer : &request);
+        error = advance(error, from != NULL ? transfer.done : request.done, &done, page, &stalls);
     }
     return error;
 }
 
+static int fill(int fd, unsigned long number, uintptr_t start, const void *from, size_t length)
+{
+    size_t page = lm_sys_page_size(), half = length / page / 2 * page;
+    int error = fill_mapping(fd, number, start, from, length);
+
+    if (error == -ESRCH || (error == -ENOENT && length <= page))
+        return 0;
+    if (error != -ENOENT)
+        return error;
+    error = fill(fd, number, start, from, half);
+    if (error < 0)
+        return error;
+    return fill(fd, number, start + half, from == NULL ? NULL : (const char *)from + half, length - half);
+}
+
+int lm_uffd_copy(int fd, uintptr_t to, const void *from, size_t length)
+{
+    return fill(fd, LM_UFFDIO_COPY, to, from, length);
+}
+
 int lm_uffd_zero(int fd, uintptr_t start, size_t length)
 {
-    return fill(fd, LM_UFFDIO_ZEROPAGE, start, length);
+    return fill(fd, LM_UFFDIO_ZEROPAGE, start, NULL, length);
 }
 
 int lm_uffd_poison(int fd, uintptr_t start, size_t length)
 {
-    return fill(fd, LM_UFFDIO_POISON, start, length);
+    return fill(fd, LM_UFFDIO_POISON, start, NULL, length);
 }
 
 int lm_uffd_move(int fd, uintptr_t to, void *from, size_t length, size_t *ret_moved)
@@ -169,6 +182,39 @@ int lm_uffd_move(int fd, uintptr_t to, void *from, size_t length, size_t *ret_mo
     }
     *ret_moved = moved;
     return error;
+}
+
+/* The kernel looks for events before it looks for the range. */
+int lm_uffd_settled(int fd, const void *elsewhere)
+{
+    size_t page = lm_sys_page_size();
+    struct lm_uffd_fill request = { .range = { .start = (uintptr_t)elsewhere & ~(uintptr_t)(page - 1),
+                                               .length = page } };
+
+    return lm_sys_ioctl(fd, LM_UFFDIO_ZEROPAGE, &request) == -EAGAIN ? -EAGAIN : 0;
+}
+
+/* The kernel looks for the range before it reads the source. */
+int lm_uffd_is_one_mapping(int fd, uintptr_t start, size_t length, const void *inaccessible)
+{
+    struct lm_uffd_transfer request = { .to = start, .from = (uintptr_t)inaccessible, .length = length,
+                                        .mode = LM_MODE_DONTWAKE };
+    int error = lm_sys_ioctl(fd, LM_UFFDIO_COPY, &request);
+
+    if (error == -EAGAIN)
+        return error;
+    return error == -EFAULT || error == -EEXIST;
+}
+
+int lm_uffd_is_registered(int fd, uintptr_t start, size_t length, const void *inaccessible)
+{
+    size_t page = lm_sys_page_size(), half = length / page / 2 * page;
+    int answer = lm_uffd_is_one_mapping(fd, start, length, inaccessible);
+
+    if (answer != 0 || length <= page)
+        return answer;
+    answer = lm_uffd_is_registered(fd, start, half, inaccessible);
+    return answer <= 0 ? answer : lm_uffd_is_registered(fd, start + half, length - half, inaccessible);
 }
 
 /* Try each operation once on a throw-away page, because a feature bit tells what the kernel was built

@@ -7,8 +7,15 @@
  *     number of bytes done in a signed field, which on other failures holds a negative errno.
  *   - EEXIST means that the page is there already: an ordinary outcome when two faults race.
  *   - None of them wakes anybody if DONTWAKE is set; one WAKE over the chunk does it once.
+ *   - They work within one mapping. mprotect, mlock and others cut mappings in two: then a range that lies
+ *     on both sides is ENOENT, like one that is not registered.
+ *   - munmap and mremap of registered memory are done first and told then: the caller sleeps until its
+ *     event is read, and everything fails with EAGAIN from before the change until that caller runs again.
+ *     Events of different callers need not come in the order in which the memory changed.
  * What follows: the functions below go on after a partial result, step over pages that are present,
- * never wake, and leave the wake to the caller. Price: a range that is half present costs one ioctl a
+ * never wake, and leave the wake to the caller; cut a range in two where it is ENOENT, and take a page for
+ * which it still is as gone, which is no failure; and give EAGAIN back to a caller that has to read events
+ * before it tries again. Price: a range that is half present costs one ioctl a
  * present page; it happens only after a race or a madvise() by the application.
  *
  * The structures and numbers are written out here, not taken from <linux/userfaultfd.h>: the headers
@@ -22,6 +29,8 @@
 
 #define LM_UFFD_API_VERSION 0xAAu
 
+#define LM_UFFD_FEATURE_EVENT_REMAP (UINT64_C(1) << 2)
+#define LM_UFFD_FEATURE_EVENT_UNMAP (UINT64_C(1) << 6)
 #define LM_UFFD_FEATURE_POISON (UINT64_C(1) << 14)
 #define LM_UFFD_FEATURE_MOVE   (UINT64_C(1) << 16)
 
@@ -47,13 +56,18 @@ struct lm_uffd_fill { struct lm_uffd_range range; uint64_t mode; int64_t done; }
 struct lm_uffd_message {
     uint8_t event;
     uint8_t reserved[7];
-    uint64_t flags;
-    uint64_t address;
-    uint64_t thread;
+    union {
+        struct { uint64_t flags, address, thread; }; /* PAGEFAULT */
+        struct { uint64_t from, to, length; };       /* REMAP: what was there before, not what it grew by */
+        struct { uint64_t start, end; };             /* UNMAP: all of the caller's range */
+    };
 };
 #define LM_UFFD_EVENT_PAGEFAULT 0x12
+#define LM_UFFD_EVENT_REMAP     0x14
+#define LM_UFFD_EVENT_UNMAP     0x16
 
-/* Non-blocking and close-on-exec, API agreed. way is LM_WAY_*. */
+/* Non-blocking and close-on-exec, API agreed, REMAP and UNMAP asked for where the kernel has them. way is
+ * LM_WAY_*. */
 int lm_uffd_open(int way, int *ret_fd, uint64_t *ret_features);
 /* Count of messages read, 0 if there is none now, else -errno. */
 int lm_uffd_read(int fd, struct lm_uffd_message *ret_messages, int capacity);
@@ -65,6 +79,13 @@ int lm_uffd_wake(int fd, uintptr_t start, size_t length);
 int lm_uffd_copy(int fd, uintptr_t to, const void *from, size_t length);
 int lm_uffd_zero(int fd, uintptr_t start, size_t length);
 int lm_uffd_poison(int fd, uintptr_t start, size_t length);
+/* -EAGAIN while an event of the descriptor is unread, or its sender does not run yet; else 0. `elsewhere`: a
+ * page that is not registered. */
+int lm_uffd_settled(int fd, const void *elsewhere);
+/* Whether all of a range is registered, in one mapping or in several, with whatever userfaultfd; 0, 1, or -EAGAIN. `inaccessible`: a page
+ * that cannot be read. */
+int lm_uffd_is_one_mapping(int fd, uintptr_t start, size_t length, const void *inaccessible);
+int lm_uffd_is_registered(int fd, uintptr_t start, size_t length, const void *inaccessible);
 /* *ret_moved is always written. A failure leaves the first *ret_moved bytes moved; the source still
  * holds the rest. */
 int lm_uffd_move(int fd, uintptr_t to, void *from, size_t length, size_t *ret_moved);

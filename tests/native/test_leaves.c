@@ -9,6 +9,7 @@
 
 #include "codec.h"
 #include "harness.h"
+#include "pieces.h"
 #include "queue.h"
 #include "sys.h"
 #include "table.h"
@@ -278,6 +279,87 @@ static void test_queue_cuts_spans_where_they_overlap(void)
     CHECK(lm_queue_first_span(&queue) == NULL);
 }
 
+/* The region's offset at each page of memory that is followed, as an array would have it. */
+#define MODEL_PAGES 64
+static const struct lm_piece no_piece;
+
+static void test_pieces_follow_a_model(void)
+{
+    static struct lm_pieces pieces;
+    uint64_t model[MODEL_PAGES], seed = 5, offset;
+    int round, i;
+
+    lm_pieces_init(&pieces, 1000, 16); /* a page is one byte here */
+    for (i = 0; i < MODEL_PAGES; i++)
+        model[i] = i < 16 ? (uint64_t)i : UINT64_MAX;
+    for (round = 0; round < 20000; round++) {
+        uintptr_t from = next_random(&seed) % MODEL_PAGES, to = next_random(&seed) % MODEL_PAGES;
+        uint64_t length = 1 + next_random(&seed) % 12;
+        struct lm_piece part, lost;
+
+        if (from + length > MODEL_PAGES || to + length > MODEL_PAGES ||
+            (from < to + length && to < from + length))
+            continue;
+        lm_pieces_remove(&pieces, 1000 + to, 1000 + to + length, &lost);
+        CHECK(lost.length == 0);
+        for (i = 0; i < (int)length; i++)
+            model[to + (uintptr_t)i] = UINT64_MAX;
+        if (round % 3 == 0)
+            continue;
+        for (uintptr_t start = 1000 + from; lm_pieces_within(&pieces, start, 1000 + from + length, &part);) {
+            start = part.at + part.length;
+            part.at += to - from;
+            CHECK(lm_pieces_add(&pieces, &part));
+        }
+        for (i = 0; i < (int)length; i++)
+            model[to + (uintptr_t)i] = model[from + (uintptr_t)i];
+        for (i = 0; i < MODEL_PAGES; i++) {
+            CHECK(lm_pieces_find(&pieces, 1000 + (uintptr_t)i, &offset) == (model[i] != UINT64_MAX));
+            CHECK(model[i] == UINT64_MAX || offset == model[i]);
+        }
+        /* Every place of some bytes, each once, lowest first. */
+        uint64_t seen = 0, shown = 0;
+        uintptr_t at = 0;
+
+        while (lm_pieces_next(&pieces, 5, 4, at, &part)) {
+            CHECK(part.at >= at && part.length > 0 && part.offset >= 5 && part.offset + part.length <= 9);
+            for (uint64_t k = 0; k < part.length; k++)
+                CHECK(model[part.at + k - 1000] == part.offset + k);
+            at = part.at + part.length;
+            seen += part.length;
+        }
+        for (i = 0; i < MODEL_PAGES; i++)
+            shown += model[i] >= 5 && model[i] < 9;
+        CHECK(seen == shown);
+        CHECK(lm_pieces_next(&pieces, 0, 16, 0, &part) || model[0] == UINT64_MAX);
+    }
+    CHECK(lm_pieces_end_below(&pieces, 1000) == 0);
+}
+
+static void test_a_full_table_of_pieces_loses_what_it_says(void)
+{
+    static struct lm_pieces pieces;
+    struct lm_piece lost = no_piece, part;
+    uint64_t offset;
+    uintptr_t i;
+
+    lm_pieces_init(&pieces, 0x10000, 4 * LM_PIECES);
+    for (i = 0; i < LM_PIECES - 1; i++) {
+        lm_pieces_remove(&pieces, 0x10000 + 2 * i + 1, 0x10000 + 2 * i + 2, &lost);
+        CHECK(lost.length == 0);
+    }
+    i = 0x10000 + 3 * LM_PIECES;
+    CHECK(!lm_pieces_add(&pieces, &(struct lm_piece){ .at = 1, .offset = 1, .length = 1 }));
+    CHECK(lm_pieces_find(&pieces, 0x10000, &offset) && offset == 0 && !lm_pieces_find(&pieces, 1, &offset));
+    lm_pieces_remove(&pieces, i, i + 1, &lost);
+    CHECK(lost.at == i + 1 && lost.offset == 3 * LM_PIECES + 1 && lost.length == LM_PIECES - 1);
+    CHECK(lm_pieces_find(&pieces, i - 1, &offset) && !lm_pieces_within(&pieces, i, UINTPTR_MAX, &part));
+    /* Neighbours in both become one, and make room. */
+    CHECK(lm_pieces_add(&pieces, &(struct lm_piece){ .at = 0x10001, .offset = 1, .length = 1 }));
+    CHECK(lm_pieces_within(&pieces, 0x10000, 0x10003, &part) && part.length == 3);
+    CHECK(lm_pieces_add(&pieces, &(struct lm_piece){ .at = 1, .offset = 1, .length = 1 }));
+}
+
 int main(void)
 {
     CHECK(lm_codec_find(LM_FN_XXH3_64, "libxxhash.so.0", "XXH3_64bits") == 0);
@@ -297,6 +379,8 @@ int main(void)
     test_a_chunk_has_one_owner();
     test_queue_keeps_order_and_forgets_a_region();
     test_queue_cuts_spans_where_they_overlap();
+    test_pieces_follow_a_model();
+    test_a_full_table_of_pieces_loses_what_it_says();
     puts("ok");
     return 0;
 }
