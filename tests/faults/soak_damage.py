@@ -55,7 +55,7 @@ class DamagingSoak(Soak):
         path = Path(source.location)
         good, times = path.read_bytes(), path.stat()
         name = "big" if source.movable else self.random.choice(["big", "noise"])
-        lazy = self.backend or self.random.choice(["uffd", "uffd-user"])
+        lazy = self.backend or self.random.choice(["uffd", "uffd-user", "sigsegv"])
         one = self.open_one(source, self.random.choice("rc"), backend=lazy)
         spoil(path, name)
         said = self.suffer(one, name)

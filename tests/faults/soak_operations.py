@@ -164,7 +164,7 @@ class Soak:
     # ---- verbs ----
 
     def backend_for(self, source: Source) -> str:
-        return self.backend or self.random.choice(["auto", "auto", "uffd", "uffd-user", "eager"])
+        return self.backend or self.random.choice(["auto", "auto", "uffd", "uffd-user", "sigsegv", "eager"])
 
     def open_one(self, source: Source, mode: str, **more: Any) -> Opened:
         keywords = dict(
@@ -317,7 +317,7 @@ class Soak:
 
     def give_back(self) -> str:
         """madvise(MADV_DONTNEED) by the application, on whole pages of an array."""
-        lazy = ("uffd", "uffd-user", "map")
+        lazy = ("uffd", "uffd-user", "sigsegv", "map")
         one = self.pick(lambda one: one.snap.backend in lazy and not (one.mode == "c" and one.threads))
         if one is None:
             return ""

@@ -19,7 +19,7 @@ from ..children import check_child
 from .contexts import NAMES, content
 
 #: Backends, and whether the kernel's own touches are served.
-BACKENDS = {"uffd": True, "uffd-user": False, "eager": True}
+BACKENDS = {"uffd": True, "uffd-user": False, "sigsegv": False, "eager": True}
 
 #: Checks that a machine may refuse, how, and why.
 REFUSALS = {

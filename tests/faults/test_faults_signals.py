@@ -18,7 +18,7 @@ from ..children import check_child
 from ..unit.raw_server import Asked, Honest, RawServer
 from .network import Child, wait_until
 
-BACKENDS = ["uffd", "uffd-user"]
+BACKENDS = ["uffd", "uffd-user", "sigsegv"]
 
 COMMON = """
 import ctypes, os, signal, sys, threading

@@ -105,7 +105,8 @@ def test_native_program_passes(
 
 
 # What the core calls of the C library beside: it cannot fail, or fails only if it is used wrongly; of close,
-# shutdown and munlock nobody could make anything; msync only looks. dlopen and dlsym are asked at import, by Python.
+# shutdown and munlock nobody could make anything; msync only looks. dlopen and dlsym are asked at import,
+# by Python.
 HARMLESS = re.compile(
     r"_|mem|str|snprintf$|pthread_(mutex|cond|condattr|attr|rwlock|rwlockattr)_|pthread_(sigmask|atfork)$|ldexpf$"
     r"|sig(fillset|emptyset|addset|delset|action)$"
