@@ -40,7 +40,7 @@
 #define LM_E_LOST       -1015 /* no thread of ours serves the memory any more: it was made inaccessible */
 
 /* The application's doing. */
-#define LM_E_MOVED      -1015 /* it has unmapped or moved the memory that was asked for */
+#define LM_E_MOVED      -1016 /* it has unmapped or moved the memory that was asked for */
 
 /* ---- chunks ---- */
 #define LM_CODEC_RAW    0
