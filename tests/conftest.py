@@ -107,6 +107,7 @@ LACKS = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`LAZYMEM_BACKEND=WAY pytest tests/integration` runs what that way can do, and says what it cannot."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)  # or workers wait for the last one
     backend = os.environ.get("LAZYMEM_BACKEND", "auto")
     if backend == "auto":
         return

@@ -828,7 +828,8 @@ int lm_engine_acquire_locked(int threads)
     engine->resolver_count = threads > 0 ? clamp(threads, 1, LM_MAX_RESOLVERS) : clamp(cpus, 2, 8);
     engine->helper_count = threads > 0 ? clamp(threads, 1, LM_MAX_HELPERS) : clamp(cpus, 1, 8);
     pthread_mutex_lock(&engine->lock); /* the courier outlives the engine, and looks at its queues */
-    engine->stopping = engine->lost = engine->scattered = false;
+    engine->stopping = engine->lost = false;
+    engine->scattered = false;
     lm_queue_clear(&engine->queue);
     lm_queue_clear(&engine->remote);
     lm_queue_clear(&engine->arrived);

@@ -98,7 +98,7 @@ void lm_sys_write_patiently(int fd, const char *text, size_t length);
  * handler may run on a thread that holds it: whoever takes it on a thread of the application's declares
  * this first, and holds signals back until the end of the block. Not those that a thread raises itself. */
 #define LM_HOLD_SIGNALS \
-    __attribute__((cleanup(lm_sys_signals_restore))) sigset_t lm_signals_before = lm_sys_signals_block()
+    __attribute__((cleanup(lm_sys_signals_restore), unused)) sigset_t lm_signals_before = lm_sys_signals_block()
 sigset_t lm_sys_signals_block(void); /* returns what was blocked before */
 void lm_sys_signals_restore(const sigset_t *before);
 

@@ -17,6 +17,7 @@ SECONDS = float(os.environ.get("LAZYMEM_SOAK_SECONDS", "120"))
 SEED = int(os.environ.get("LAZYMEM_SOAK_SEED", "1"))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(SECONDS + 300)
 def test_soak_of_random_operations_agrees_with_the_oracle(s3: Bucket) -> None:
     counts = soak(SEED, SECONDS, prefix=s3.url(""))

@@ -18,18 +18,13 @@ from ..children import check_child
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ("first_element", "full_scan", "random_touch", "memory", "fault_profile", "weights")
 
-pytestmark = [
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in ("blosc2", "matplotlib", "zarr")),
-        reason="the peers are in the extra: pip install lazymem[bench]",
-    ),
-]
+has_peers = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("blosc2", "matplotlib", "zarr")),
+    reason="the peers are in the extra: pip install lazymem[bench]",
+)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("benchmarks")
+def run_tiny(out: Path) -> dict[str, Any]:
     # The program checks every candidate's bytes itself and ends with 1 if one differs.
     check_child(
         """
@@ -42,18 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         """,
         ROOT,
         out,
-        deadline=240,
+        deadline=540,
     )
-    return out
-
-
-@pytest.fixture(scope="module")
-def results(folder: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    loaded: dict[str, Any] = json.loads((out / "results.json").read_text())
     return loaded
 
 
-def test_results_say_where_they_were_measured(results: dict[str, Any]) -> None:
+def check_machine(results: dict[str, Any]) -> None:
     machine = results["machine"]
     assert machine["cpus"] >= 1
     assert machine["kernel"]
@@ -72,29 +62,21 @@ def check_question(results: dict[str, Any], question: str) -> None:
         assert 0 < summary["min"] <= summary["median"] <= summary["max"]
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
-def test_question_measures_every_candidate(results: dict[str, Any], question: str) -> None:
-    check_question(results, question)
+def summaries(results: dict[str, Any], question: str) -> dict[str, Any]:
+    return {case["name"]: case["summary"] for case in results["questions"][question]}
 
 
-# The server: the benchmark starts its own, but this one sees to it that it is installed, or skips.
-@pytest.mark.usefixtures("s3_server")
-def test_remote_measures_every_candidate_and_counts_its_requests(
-    folder: Path, results: dict[str, Any]
-) -> None:
-    check_question(results, "remote")
-    assert (folder / "remote.png").read_bytes().startswith(b"\x89PNG")
-    cases = {case["name"]: case["summary"] for case in results["questions"]["remote"]}
+def check_remote_counts_its_requests(results: dict[str, Any]) -> None:
+    cases = summaries(results, "remote")
     for task, requests in (("restore", 8), ("first", 8), ("sparse", 10)):
         assert cases[f"{task}, sockets"]["requests"]["median"] == requests
         assert cases[f"{task} +20 ms, sockets"]["requests"]["median"] == requests
     assert cases["first, lazymem zstd, warm disk cache"]["requests"]["median"] == 1
 
 
-def test_full_scan_holds_everyone_against_the_bounds(results: dict[str, Any]) -> None:
+def check_full_scan_against_the_bounds(results: dict[str, Any]) -> None:
     cases = {case["name"]: case for case in results["questions"]["full_scan"]}
-    kinds = {case["kind"] for case in cases.values()}
-    assert kinds == {"lazymem", "peer", "bound"}
+    assert {case["kind"] for case in cases.values()} == {"lazymem", "peer", "bound"}
     for case in cases.values():
         for column, other in case["against"].items():
             assert other in cases
@@ -102,16 +84,8 @@ def test_full_scan_holds_everyone_against_the_bounds(results: dict[str, Any]) ->
 
 
 # Everybody's tokens are held against those of transformers by the program itself.
-@pytest.mark.usefixtures("s3_server")
-def test_first_token_measures_every_candidate_from_disk_and_from_s3(
-    folder: Path, results: dict[str, Any]
-) -> None:
-    pytest.importorskip("safetensors")
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
-        pytest.skip("the model is transformers': pip install lazymem[test]")
-    check_question(results, "first_token")
-    assert (folder / "first_token.png").read_bytes().startswith(b"\x89PNG")
-    cases = {case["name"]: case["summary"] for case in results["questions"]["first_token"]}
+def check_first_token_of_disk_and_s3(results: dict[str, Any]) -> None:
+    cases = summaries(results, "first_token")
     for way in ("warm", "S3", "S3 +20 ms"):
         summary = cases[f"{way}, lazymem .lzm, background"]
         ready, first, last = (
@@ -122,18 +96,34 @@ def test_first_token_measures_every_candidate_from_disk_and_from_s3(
     assert cases["warm, lazymem .lzm, background"]["first_of_best"]["median"] > 0
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
-def test_question_has_a_plot(folder: Path, question: str) -> None:
-    assert (folder / f"{question}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_page_of_results_has_every_candidate(folder: Path, results: dict[str, Any]) -> None:
-    page = (folder / "RESULTS.md").read_text()
+def check_page(page: str, results: dict[str, Any]) -> None:
     for cases in results["questions"].values():
         for case in cases:
             assert f"| {case['name']} |" in page or f"| **{case['name']}** |" in page
 
 
+# One test, because one run is enough for all checks, and takes a minute. The server: the benchmark starts its
+# own, but this one sees to it that it is installed, or skips.
+@has_peers
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("s3_server")
+def test_every_benchmark_measures_every_candidate(tmp_path: Path) -> None:
+    results = run_tiny(tmp_path)
+    check_machine(results)
+    questions = [*QUESTIONS, "remote"]
+    if all(importlib.util.find_spec(name) for name in ("safetensors", "torch", "transformers")):
+        questions.append("first_token")
+        check_first_token_of_disk_and_s3(results)
+    for question in questions:
+        check_question(results, question)
+        assert (tmp_path / f"{question}.png").read_bytes().startswith(b"\x89PNG")
+    check_remote_counts_its_requests(results)
+    check_full_scan_against_the_bounds(results)
+    check_page((tmp_path / "RESULTS.md").read_text(), results)
+
+
+@has_peers
 def test_program_fails_when_a_candidate_gives_wrong_bytes() -> None:
     def wrong(meter: Any) -> Any:
         with meter:

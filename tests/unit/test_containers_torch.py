@@ -195,7 +195,8 @@ SHOWN = {
         for dtype in (torch.bits1x8, torch.bits2x4, torch.bits4x2, torch.bits8, torch.bits16)
     },
 }
-REFUSED = (torch.complex32, torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4)
+REFUSED = (torch.complex32, torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4,
+           getattr(torch, "bcomplex32", None))  # fmt: skip
 
 
 def all_dtypes() -> list[torch.dtype]:
