@@ -23,6 +23,7 @@ from lazymem.errors import (
 from lazymem.options import StoreOptions, environment_as
 from lazymem.store import aws, s3
 from lazymem.store.base import Attempt, Opened, Reader, Transient
+from lazymem.store.refusals import RENEWABLE
 from lazymem.store.remote import store_for
 from lazymem.store.s3 import split_s3_url
 
@@ -493,7 +494,8 @@ def test_a_refusal_is_one_sentence_that_says_what_to_do(serve: Serve, client: st
     reader = reader_of(server, client=client)
     with pytest.raises(kind, match=words) as caught:
         reader.read_into(0, memoryview(bytearray(9)), OPENED, Attempt(), timeout=5)
-    assert len(server.asked) == 1  # who drives the reader tries again
+    # Who drives the reader tries again. But credentials may be looked for anew five seconds after they were found.
+    assert len(server.asked) <= (2 if name in RENEWABLE else 1)
     said = str(caught.value)
     assert said.startswith("s3://bucket/key: ")
     assert "\n" not in said
