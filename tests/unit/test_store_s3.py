@@ -494,7 +494,8 @@ def test_a_refusal_is_one_sentence_that_says_what_to_do(serve: Serve, client: st
     reader = reader_of(server, client=client)
     with pytest.raises(kind, match=words) as caught:
         reader.read_into(0, memoryview(bytearray(9)), OPENED, Attempt(), timeout=5)
-    # Who drives the reader tries again. But credentials may be looked for anew five seconds after they were found.
+    # Who drives the reader tries again. But credentials may be looked for anew, five seconds after they
+    # were found.
     assert len(server.asked) <= (2 if name in RENEWABLE else 1)
     said = str(caught.value)
     assert said.startswith("s3://bucket/key: ")
