@@ -221,6 +221,7 @@ int lm_places_evict(struct lm_region *region, uint64_t chunk)
 
 bool lm_places_are_home(struct lm_region *region, uint64_t offset, uint64_t length)
 {
+    LM_HOLD_SIGNALS;
     uintptr_t at = (uintptr_t)region->base + offset;
     struct lm_piece part;
     bool home;

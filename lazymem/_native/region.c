@@ -977,17 +977,25 @@ int lm_region_evict(lm_region *region, uint64_t first, uint64_t count)
     return leave(region, 0);
 }
 
-int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length)
+/* For a call that touches these bytes; whoever gets in calls leave_as. */
+static int enter_bytes(struct lm_region *region, uint64_t offset, size_t length)
 {
     int error;
 
     if (offset > region->size || length > region->size - offset)
         return -EINVAL;
     error = enter_memory_as(region, true);
+    if (error == 0 && !lm_places_are_home(region, offset, length))
+        error = leave_as(region, true, LM_E_MOVED);
+    return error;
+}
+
+int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length)
+{
+    int error = enter_bytes(region, offset, length);
+
     if (error < 0)
         return error;
-    if (!lm_places_are_home(region, offset, length))
-        return leave_as(region, true, LM_E_MOVED);
     memcpy(out, region->base + offset, length);
     return leave_as(region, true, 0);
 }
@@ -995,15 +1003,10 @@ int lm_region_read(lm_region *region, uint64_t offset, void *out, size_t length)
 int lm_region_touch(lm_region *region, uint64_t offset, size_t length)
 {
     size_t page = lm_sys_page_size(), at;
-    int error;
+    int error = enter_bytes(region, offset, length);
 
-    if (offset > region->size || length > region->size - offset)
-        return -EINVAL;
-    error = enter_memory_as(region, true);
     if (error < 0)
         return error;
-    if (!lm_places_are_home(region, offset, length))
-        return leave_as(region, true, LM_E_MOVED);
     for (at = 0; at < length; at += page - ((offset + at) & (page - 1)))
         (void)*(volatile unsigned char *)(region->base + offset + at);
     return leave_as(region, true, 0);

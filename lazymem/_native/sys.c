@@ -26,6 +26,8 @@
 #endif
 
 #define LM_READ_ATTEMPTS 3
+/* Whoever waits on a poller that the application closes is not told: it finds out when it asks again. */
+#define LM_AWAIT_MS 1000
 #define LM_THREAD_STACK ((size_t)512 << 10) /* zstd's decoder keeps its tables in its context */
 
 uint64_t lm_sys_now_ns(void)
@@ -349,10 +351,10 @@ int lm_sys_watch(int poller, int fd, uint32_t events, uint32_t tag)
 int lm_sys_await(int poller, uint32_t *ret_tag)
 {
     struct epoll_event event;
-    int count = epoll_wait(poller, &event, 1, -1);
+    int count = epoll_wait(poller, &event, 1, LM_AWAIT_MS);
 
-    if (count < 0)
-        return errno == EINTR ? 0 : -errno;
+    if (count <= 0)
+        return count == 0 || errno == EINTR ? 0 : -errno;
     *ret_tag = event.data.u32;
     return count;
 }

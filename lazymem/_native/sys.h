@@ -76,7 +76,7 @@ int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages);
 /* A poller reports descriptors by tag, a bell wakes as many of its waiters as it is rung for. */
 int lm_sys_poller(void);
 int lm_sys_watch(int poller, int fd, uint32_t events, uint32_t tag);
-/* Blocks. 1: *ret_tag is ready; 0: a signal came. */
+/* Blocks, for a second. 1: *ret_tag is ready; 0: nothing is, or a signal came. */
 int lm_sys_await(int poller, uint32_t *ret_tag);
 int lm_sys_bell(void);
 void lm_sys_ring(int bell, unsigned times);

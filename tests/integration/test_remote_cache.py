@@ -117,6 +117,7 @@ def test_warm_cache_leaves_one_request(
     assert len(sent(proxy)) > 2  # without it, all over again
 
 
+@pytest.mark.needs_lazy
 def test_warm_cache_of_a_snapshot_with_a_large_index_leaves_one_request(
     s3: Bucket, proxy: HostileProxy, cache: Path, tmp_path: Path
 ) -> None:
@@ -244,6 +245,7 @@ def test_container_in_place_is_cached_too(
         assert requests in (None, len(sent(proxy, "a.npy")))
 
 
+@pytest.mark.needs_lazy
 def test_removed_while_open_it_is_made_again(
     s3: Bucket, proxy: HostileProxy, remote: dict[str, NDArray[Any]], cache: Path
 ) -> None:

@@ -173,6 +173,7 @@ def test_opening_and_touching_cost_few_requests(
         assert out == f"{float(weight[5, 5])} {float(weight[5, 6])}\n1 1 1\n"
 
 
+@pytest.mark.needs_lazy
 def test_what_can_be_asked_first_raises(s3: Bucket, snapshot_path: Path) -> None:
     url = put_file(s3, "a.lzm", snapshot_path)
     with lazymem.open(url) as snap:
@@ -188,6 +189,7 @@ def test_what_can_be_asked_first_raises(s3: Bucket, snapshot_path: Path) -> None
         lazymem.open(url)
 
 
+@pytest.mark.needs_lazy
 def test_a_chunk_heals_when_its_object_is_right_again(
     s3: Bucket, snapshot_path: Path, arrays: Arrays
 ) -> None:
@@ -202,6 +204,7 @@ def test_a_chunk_heals_when_its_object_is_right_again(
         assert np.array_equal(snap["layer.1.weight"], arrays["layer.1.weight"])
 
 
+@pytest.mark.needs_lazy
 def test_damage_in_the_object_is_named(s3: Bucket, snapshot_path: Path) -> None:
     data = bytearray(snapshot_path.read_bytes())
     data[100_000] ^= 0x10
@@ -242,6 +245,7 @@ def test_map_is_refused(s3: Bucket, snapshot_path: Path) -> None:
         lazymem.open(put_file(s3, "a.lzm", snapshot_path), backend="map")
 
 
+@pytest.mark.needs_lazy
 def test_status_counts(s3: Bucket, snapshot_path: Path) -> None:
     with lazymem.open(put_file(s3, "a.lzm", snapshot_path)) as snap:
         before = fetcher_status()
