@@ -122,9 +122,12 @@ class Memory:
         except NativeError as error:
             raise self._translate(error) from error
 
+    def _is_elsewhere(self) -> bool:
+        return self._home is not None and os.getpid() != self._home
+
     def _check_home(self) -> None:
         """A child that has not the memory, and perhaps ran no handlers of fork, must not ask the core."""
-        if self._home is not None and os.getpid() != self._home:
+        if self._is_elsewhere():
             raise SnapshotClosed(
                 f"{self.url}: was opened with fork='drop' by another process, so its memory is not in this "
                 "one; open it again here"

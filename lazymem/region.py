@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from enum import Enum
@@ -206,7 +205,7 @@ class Region(Memory):
         """
         if self._state is _State.CLOSED:
             return
-        if self._home is not None and os.getpid() != self._home:
+        if self._is_elsewhere():
             self._state = _State.CLOSED  # there is nothing to give back
             return
         self._state = _State.CLOSING

@@ -138,3 +138,16 @@ def with_row(data: bytes, section: str, row: int, **fields: Any) -> bytes:
         sections[section] = rows.tobytes()
 
     return with_sections(data, change)
+
+
+def small_snapshot() -> bytes:
+    """Of every kind of array that an index describes: of one chunk and of several, of zeros, of nothing."""
+    rng = np.random.default_rng(1)
+    return write_snapshot(
+        {
+            "first": rng.standard_normal((300, 100)).astype(np.float32),
+            "zeros": np.zeros(500_000, np.uint8),
+            "empty": np.zeros((0, 7), np.int16),
+            "last": rng.integers(0, 255, 70_001, np.uint8),
+        }
+    )

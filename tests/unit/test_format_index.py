@@ -20,6 +20,7 @@ from .format_tools import (
     URL,
     parse,
     raw_sections,
+    small_snapshot,
     tail_fields,
     with_index,
     with_row,
@@ -33,15 +34,7 @@ U64 = 2**64 - 1
 
 @pytest.fixture(scope="module")
 def snapshot() -> bytes:
-    rng = np.random.default_rng(1)
-    return write_snapshot(
-        {
-            "first": rng.standard_normal((300, 100)).astype(np.float32),
-            "zeros": np.zeros(500_000, np.uint8),
-            "empty": np.zeros((0, 7), np.int16),
-            "last": rng.integers(0, 255, 70_001, np.uint8),
-        }
-    )
+    return small_snapshot()
 
 
 def refused(data: bytes) -> FormatError:

@@ -20,7 +20,7 @@ import lazymem
 from lazymem.errors import LazymemError
 from lazymem.format.index import SnapshotIndex
 
-from .format_tools import parse, raw_sections, with_sections, with_tail, write_snapshot
+from .format_tools import parse, raw_sections, small_snapshot, with_sections, with_tail
 
 #: More by hand: LAZYMEM_FUZZ_SECONDS=60 pytest tests/unit/test_fuzz_files.py
 SECONDS = float(os.environ.get("LAZYMEM_FUZZ_SECONDS", "0"))
@@ -78,15 +78,7 @@ def look_at(index: SnapshotIndex) -> None:
 
 @pytest.fixture(scope="module")
 def snapshot() -> bytes:
-    rng = np.random.default_rng(1)
-    return write_snapshot(
-        {
-            "first": rng.standard_normal((300, 100)).astype(np.float32),
-            "zeros": np.zeros(500_000, np.uint8),
-            "empty": np.zeros((0, 7), np.int16),
-            "last": rng.integers(0, 255, 70_001, np.uint8),
-        }
-    )
+    return small_snapshot()
 
 
 @pytest.mark.parametrize("seed", range(2))
