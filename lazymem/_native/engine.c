@@ -635,11 +635,12 @@ static void close_descriptors(void)
  * keeper makes the memory inaccessible and wakes whoever waits: SIGSEGV after a line, never zeros.
  */
 
+/* The line comes first: a thread that waits for this memory ends the process as soon as it is let go. */
 static void lose_region(struct lm_region *region, int fd, const char *when, int code)
 {
+    lm_report_lost_region(region, when, code);
     atomic_store(&region->lost, true);
     lm_places_lose_locked(region, fd);
-    lm_report_lost_region(region, when, code);
 }
 
 static void lose_regions_locked(int index, int fd)
