@@ -831,6 +831,7 @@ int lm_engine_acquire_locked(int threads)
     pthread_mutex_lock(&engine->lock); /* the courier outlives the engine, and looks at its queues */
     engine->stopping = engine->lost = false;
     engine->scattered = false;
+    lm_places_reset();
     lm_queue_clear(&engine->queue);
     lm_queue_clear(&engine->remote);
     lm_queue_clear(&engine->arrived);
@@ -1093,7 +1094,6 @@ static void revive(void)
         polls = polls || used[index];
     }
     close_descriptors(); /* this process's copies only; the parent's go on */
-    lm_places_after_fork();
     if (engine->traps)
         lm_trap_after_fork();
     if (engine->users == 0) {

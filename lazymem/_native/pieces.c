@@ -102,17 +102,6 @@ bool lm_pieces_next(const struct lm_pieces *pieces, uint64_t offset, uint64_t le
     return false;
 }
 
-uintptr_t lm_pieces_end_below(const struct lm_pieces *pieces, uintptr_t address)
-{
-    const struct lm_piece_table *table = in_force(pieces);
-    uintptr_t found = 0;
-    unsigned i;
-
-    for (i = 0; i < table->count && end_of(&table->piece[i]) <= address; i++)
-        found = end_of(&table->piece[i]);
-    return found;
-}
-
 void lm_pieces_remove(struct lm_pieces *pieces, uintptr_t start, uintptr_t end, struct lm_piece *ret_lost)
 {
     const struct lm_piece_table *table = in_force(pieces);

@@ -37,8 +37,6 @@ bool lm_pieces_within(const struct lm_pieces *pieces, uintptr_t start, uintptr_t
 /* Of the places that show bytes [offset, offset + length): the first at or above an address. */
 bool lm_pieces_next(const struct lm_pieces *pieces, uint64_t offset, uint64_t length, uintptr_t from,
                     struct lm_piece *ret_part);
-/* The end of the last piece that ends at or below an address; 0 if there is none. */
-uintptr_t lm_pieces_end_below(const struct lm_pieces *pieces, uintptr_t address);
 
 /* Addresses [start, end) are somebody else's from now on. Where a piece would have to be cut in two and the
  * table is full, its second half is forgotten as well: *ret_lost, of length 0 otherwise. */

@@ -15,11 +15,12 @@
 static struct lm_engine *const engine = &lm_engine;
 static void *inaccessible; /* one page */
 
-/* Where something has moved from since events were last settled; see there. */
-#define LM_LEAVING 64
+/* Ranges in which memory may lie of which it is not known what it is to show; see "events". */
+#define LM_DOUBTS 256
 
-static struct leaving { uintptr_t start, end; bool taken, unexplained; } leaving[LM_LEAVING];
-static unsigned leaving_count;
+static struct doubt { uintptr_t start, end; } doubts[LM_DOUBTS];
+static unsigned doubt_count;
+static bool confused, untraceable;
 
 typedef int act_fn(struct lm_region *region, const struct lm_piece *place, void *context);
 
@@ -372,15 +373,15 @@ void lm_places_release(struct lm_region *region)
 /* ---- events ----
  *
  * Within one thread events keep the order of the changes that they tell of, since each is waited for. Those
- * of threads that change the address space at the same time do not: the kernel hands out the newest first. So
- *   - mremap tells of its move and then of the freeing of the old place. That may come when others lie there
- *     already (*taken*), and is none of theirs.
- *   - Where something has moved onto a piece, that piece has been unmapped, and its event is yet to come. If
- *     it comes as a move (*unexplained* till then), what is where cannot be told, and memory is made
- *     inaccessible.
- * What cannot be seen: the late freeing of a place of which nothing was known (memory that mremap had added),
- * and two moves that overtake one another. So threads that mremap lazy memory must take turns,
- * with one another and with those that munmap it. (munmap alone needs none.)
+ * of threads that change the address space at the same time may not: a thread may be held up between its
+ * change and its event. Then memory comes to lie, as it seems, where
+ * other memory lies already: the event that tells where that one went is yet to come. From there on, until
+ * events are settled, no event is trusted (*confused*): what they tell of is forgotten, and what lies there
+ * once they are settled is poisoned. A touch of it is a signal after a line, never a byte of another place.
+ *
+ * This finds every such race, because what is forgotten does not come back: all registered memory either is
+ * a piece, or is poisoned, which goes with it wherever it is moved. The one exception is what mremap itself
+ * added, which no event tells of: it raises a signal when touched, as behind the end of a mapped file.
  */
 
 static void abandon(struct lm_region *region, const struct lm_piece *place)
@@ -411,76 +412,84 @@ static void forget_all_locked(uintptr_t start, uintptr_t end, const struct lm_re
             forget(engine->regions[i], start, end);
 }
 
-static void add_leaving(uintptr_t start, uintptr_t end, bool unexplained)
+static void doubt(uintptr_t start, uintptr_t end)
 {
-    if (leaving_count < LM_LEAVING)
-        leaving[leaving_count++] = (struct leaving){ start, end, unexplained, unexplained };
+    unsigned i = 0;
+
+    while (i < doubt_count)
+        if (doubts[i].start <= end && start <= doubts[i].end) {
+            start = doubts[i].start < start ? doubts[i].start : start;
+            end = doubts[i].end > end ? doubts[i].end : end;
+            doubts[i] = doubts[--doubt_count];
+            i = 0;
+        } else {
+            i++;
+        }
+    if (doubt_count < LM_DOUBTS)
+        doubts[doubt_count++] = (struct doubt){ start, end };
+    else
+        untraceable = true;
 }
 
-static bool is_unexplained(uintptr_t start, uintptr_t end)
+/* Whether an event will come, or should have come, when the part goes. */
+static bool is_followed(const struct lm_region *region, const struct lm_piece *part)
 {
-    unsigned i;
+    uint64_t i;
 
-    for (i = 0; i < leaving_count; i++)
-        if (leaving[i].unexplained && leaving[i].start < end && start < leaving[i].end)
+    if (region->pages != &lm_pages_uffd || region->released || atomic_load(&region->lost))
+        return false;
+    for (i = 0; i < region->registered_count; i++) {
+        const struct lm_extent *extent = &region->registered[i];
+
+        if (extent->start < part->offset + part->length && part->offset < extent->start + extent->length)
             return true;
+    }
     return false;
 }
 
-/* All but what others have taken since it was left. */
-static void note_unmap_locked(uintptr_t start, uintptr_t end)
-{
-    unsigned i;
-
-    for (i = 0; i < leaving_count && start < end; i++) {
-        struct leaving left = leaving[i];
-
-        if (left.start < start || left.end > end)
-            continue;
-        leaving[i] = leaving[--leaving_count];
-        if (!left.taken) {
-            i--;
-            continue;
-        }
-        note_unmap_locked(start, left.start);
-        note_unmap_locked(left.end, end);
-        return;
-    }
-    if (start < end)
-        forget_all_locked(start, end, NULL);
-}
-
-/* Nobody else lies there, whatever is known. */
-static void take_locked(uintptr_t start, uintptr_t end)
+static struct lm_region *find_followed_locked(uintptr_t start, uintptr_t end)
 {
     struct lm_piece part;
-    unsigned k;
     size_t i;
 
-    for (k = 0; k < leaving_count; k++)
-        if (leaving[k].start < end && start < leaving[k].end) {
-            leaving[k].taken = true;
-            forget_all_locked(leaving[k].start, leaving[k].end, NULL);
-        }
     for (i = 0; i < engine->region_count; i++) {
         struct lm_region *region = engine->regions[i];
+        uintptr_t from = start;
 
-        while (lm_pieces_within(&region->pieces, start, end, &part)) {
-            if (!region->released) /* which goes without an event */
-                add_leaving(part.at, part.at + part.length, true);
-            forget(region, part.at, part.at + part.length);
-        }
+        for (; lm_pieces_within(&region->pieces, from, end, &part); from = part.at + part.length)
+            if (is_followed(region, &part))
+                return region;
     }
+    return NULL;
+}
+
+/* Other memory may lie there again, lazy memory by an event that was read too early. */
+static void note_unmap_locked(uintptr_t start, uintptr_t end)
+{
+    bool known = find_followed_locked(start, end) != NULL;
+
+    forget_all_locked(start, end, NULL);
+    if (confused || (known && lm_sys_is_mapped((void *)start, end - start)))
+        doubt(start, end);
 }
 
 static void note_move_locked(uintptr_t from, uintptr_t to, uint64_t length)
 {
-    bool confused = is_unexplained(from, from + length);
+    struct lm_region *beneath = find_followed_locked(to, to + length);
     struct lm_piece part;
     size_t i;
 
-    take_locked(to, to + length);
-    add_leaving(from, from + length, false);
+    if (beneath != NULL && !confused)
+        lm_report_memory(beneath, "threads move its memory at the same time, in an order that is not known: what "
+                                  "they move raises a signal when touched (they must take turns)");
+    confused = confused || beneath != NULL || untraceable;
+    forget_all_locked(to, to + length, NULL);
+    if (confused) {
+        forget_all_locked(from, from + length, NULL);
+        doubt(from, from + length);
+        doubt(to, to + length);
+        return;
+    }
     for (i = 0; i < engine->region_count; i++) {
         struct lm_region *region = engine->regions[i];
         uintptr_t start = from;
@@ -489,7 +498,7 @@ static void note_move_locked(uintptr_t from, uintptr_t to, uint64_t length)
             start = part.at + part.length;
             part.at = part.at - from + to;
             engine->scattered = true;
-            if (confused || !lm_pieces_add(&region->pieces, &part))
+            if (!lm_pieces_add(&region->pieces, &part))
                 abandon(region, &part);
         }
     }
@@ -506,6 +515,42 @@ void lm_places_note_locked(const struct lm_uffd *uffd, const struct lm_uffd_mess
     }
 }
 
+/* Only what is registered, and no piece: the gaps between pieces. */
+static int refuse(const struct lm_uffd *uffd, uintptr_t start, uintptr_t end)
+{
+    struct lm_piece gap = { .at = start, .length = end - start }, part;
+    int error = -EOPNOTSUPP;
+    size_t i;
+
+    for (i = 0; i < engine->region_count; i++)
+        if (lm_pieces_within(&engine->regions[i]->pieces, start, end, &part)) {
+            error = part.at > start ? refuse(uffd, start, part.at) : 0;
+            return error < 0 || part.at + part.length >= end ? error
+                                                             : refuse(uffd, part.at + part.length, end);
+        }
+    if (uffd->can & LM_CAN_POISON)
+        error = lm_uffd_poison(uffd->fd, gap.at, gap.length);
+    if (error < 0 && error != -EAGAIN && lm_uffd_is_registered(uffd->fd, gap.at, gap.length, inaccessible) == 1) {
+        forbid(uffd->fd, &gap);
+        error = 0;
+    }
+    (void)lm_uffd_wake(uffd->fd, start, end - start);
+    return error == -EAGAIN ? error : 0;
+}
+
+static bool resolve_doubts_locked(void)
+{
+    int index;
+
+    for (; doubt_count > 0; doubt_count--)
+        for (index = 0; index < LM_UFFD_COUNT; index++)
+            if (engine->uffds[index].fd >= 0 &&
+                refuse(&engine->uffds[index], doubts[doubt_count - 1].start, doubts[doubt_count - 1].end) < 0)
+                return false;
+    confused = false;
+    return true;
+}
+
 bool lm_places_settled_locked(void)
 {
     int i;
@@ -513,23 +558,23 @@ bool lm_places_settled_locked(void)
     for (i = 0; i < LM_UFFD_COUNT; i++)
         if (engine->uffds[i].fd >= 0 && lm_uffd_settled(engine->uffds[i].fd, inaccessible) < 0)
             return false;
-    leaving_count = 0;
-    return true;
+    return resolve_doubts_locked();
 }
 
 bool lm_places_unsettled_locked(void)
 {
-    return leaving_count > 0;
+    return confused || doubt_count > 0;
+}
+
+void lm_places_reset(void)
+{
+    confused = untraceable = false;
+    doubt_count = 0;
 }
 
 void lm_places_claim_locked(const struct lm_region *region)
 {
     forget_all_locked((uintptr_t)region->base, (uintptr_t)region->base + region->size, region);
-}
-
-void lm_places_after_fork(void)
-{
-    leaving_count = 0;
 }
 
 /* ---- faults ---- */
@@ -546,35 +591,6 @@ struct lm_region *lm_places_find_locked(uintptr_t address, uint64_t *ret_offset)
     return NULL;
 }
 
-/* Whether a page belongs to the mapping that a piece ends in, as what mremap adds to the end of one does. */
-static int is_growth_locked(const struct lm_uffd *uffd, uintptr_t page)
-{
-    size_t size = lm_sys_page_size(), i;
-    uintptr_t end = 0;
-
-    for (i = 0; i < engine->region_count; i++) {
-        uintptr_t below = lm_pieces_end_below(&engine->regions[i]->pieces, page);
-
-        if (below > end)
-            end = below;
-    }
-    return end == 0 ? 0 : lm_uffd_is_one_mapping(uffd->fd, end - size, page + 2 * size - end, inaccessible);
-}
-
-static void refuse(const struct lm_uffd *uffd, const struct lm_piece *place)
-{
-    int error = -EOPNOTSUPP;
-
-    if (uffd->can & LM_CAN_POISON)
-        error = lm_uffd_poison(uffd->fd, place->at, place->length);
-    if (error == -EAGAIN)
-        return; /* it will fault again */
-    lm_report_memory(NULL, "a signal follows: memory was touched that the application made by moving or growing a "
-                           "lazy array's, in a way that could not be followed");
-    if (error < 0)
-        forbid(uffd->fd, place);
-}
-
 void lm_places_fault_elsewhere_locked(const struct lm_uffd *uffd, uintptr_t address)
 {
     size_t size = lm_sys_page_size();
@@ -582,13 +598,9 @@ void lm_places_fault_elsewhere_locked(const struct lm_uffd *uffd, uintptr_t addr
 
     /* Not registered: an old message, of memory that is gone. Not settled: it will fault again. */
     if (lm_places_settled_locked() && lm_uffd_is_registered(uffd->fd, page, size, inaccessible) == 1) {
-        struct lm_piece place = { .at = page, .length = size };
-        int growth = is_growth_locked(uffd, page);
-
-        if (growth > 0)
-            (void)lm_uffd_zero(uffd->fd, page, size);
-        else if (growth == 0)
-            refuse(uffd, &place);
+        lm_report_memory(NULL, "a signal follows: memory was touched that the application made by growing or moving "
+                               "a lazy array's, and of which it is not known what it is to show");
+        (void)refuse(uffd, page, page + size);
     }
     (void)lm_uffd_wake(uffd->fd, page, size);
 }

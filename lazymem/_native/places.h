@@ -45,15 +45,15 @@ void lm_places_release(struct lm_region *region);
 void lm_places_note_locked(const struct lm_uffd *uffd, const struct lm_uffd_message *message);
 /* The region that shows something at an address, and what. NULL: none. */
 struct lm_region *lm_places_find_locked(uintptr_t address, uint64_t *ret_offset);
-/* A fault at an address that no region shows: zeros where memory of a region was made longer, as mremap
- * promises; a signal, not a guess, where that is not certain. */
+/* A fault at an address that no region shows, as where mremap has made lazy memory longer: a signal. */
 void lm_places_fault_elsewhere_locked(const struct lm_uffd *uffd, uintptr_t address);
-/* No event is unread or not recorded. False: there may be one. */
+/* No event is unread or not recorded, and what was in doubt is settled. False: there may be one. */
 bool lm_places_settled_locked(void);
 /* Whether it would make a difference to what is known. */
 bool lm_places_unsettled_locked(void);
 /* Memory that the kernel has given to `region` is no other's. Events are settled. */
 void lm_places_claim_locked(const struct lm_region *region);
-void lm_places_after_fork(void);
+/* There is no region any more, and no userfaultfd. */
+void lm_places_reset(void);
 
 #endif

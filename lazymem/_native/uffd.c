@@ -195,7 +195,7 @@ int lm_uffd_settled(int fd, const void *elsewhere)
 }
 
 /* The kernel looks for the range before it reads the source. */
-int lm_uffd_is_one_mapping(int fd, uintptr_t start, size_t length, const void *inaccessible)
+static int is_one_mapping(int fd, uintptr_t start, size_t length, const void *inaccessible)
 {
     struct lm_uffd_transfer request = { .to = start, .from = (uintptr_t)inaccessible, .length = length,
                                         .mode = LM_MODE_DONTWAKE };
@@ -209,7 +209,7 @@ int lm_uffd_is_one_mapping(int fd, uintptr_t start, size_t length, const void *i
 int lm_uffd_is_registered(int fd, uintptr_t start, size_t length, const void *inaccessible)
 {
     size_t page = lm_sys_page_size(), half = length / page / 2 * page;
-    int answer = lm_uffd_is_one_mapping(fd, start, length, inaccessible);
+    int answer = is_one_mapping(fd, start, length, inaccessible);
 
     if (answer != 0 || length <= page)
         return answer;

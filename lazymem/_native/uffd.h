@@ -82,9 +82,8 @@ int lm_uffd_poison(int fd, uintptr_t start, size_t length);
 /* -EAGAIN while an event of the descriptor is unread, or its sender does not run yet; else 0. `elsewhere`: a
  * page that is not registered. */
 int lm_uffd_settled(int fd, const void *elsewhere);
-/* Whether all of a range is registered, in one mapping or in several, with whatever userfaultfd; 0, 1, or -EAGAIN. `inaccessible`: a page
- * that cannot be read. */
-int lm_uffd_is_one_mapping(int fd, uintptr_t start, size_t length, const void *inaccessible);
+/* Whether all of a range is registered, in one mapping or in several, with whatever userfaultfd; 0, 1, or
+ * -EAGAIN. `inaccessible`: a page that cannot be read. */
 int lm_uffd_is_registered(int fd, uintptr_t start, size_t length, const void *inaccessible);
 /* *ret_moved is always written. A failure leaves the first *ret_moved bytes moved; the source still
  * holds the rest. */

@@ -333,7 +333,6 @@ static void test_pieces_follow_a_model(void)
         CHECK(seen == shown);
         CHECK(lm_pieces_next(&pieces, 0, 16, 0, &part) || model[0] == UINT64_MAX);
     }
-    CHECK(lm_pieces_end_below(&pieces, 1000) == 0);
 }
 
 static void test_a_full_table_of_pieces_loses_what_it_says(void)
