@@ -70,7 +70,7 @@ struct lm_region {
 
     int uffd; /* index into the engine's descriptors */
     struct lm_extent *registered;
-    uint64_t registered_count;
+    _Atomic uint64_t registered_count; /* grows while others look */
 
     _Atomic bool lost;    /* its memory is inaccessible for good (lose_region) */
     struct lm_stage stage;     /* LM_BACKEND_SIGSEGV: where its chunks lie. Under lock */

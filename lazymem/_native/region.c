@@ -292,16 +292,17 @@ static int choose_install(const lm_region_spec *spec, const struct lm_uffd *uffd
 
 static int add_registered(struct lm_region *region, uint64_t start, uint64_t end)
 {
-    uint64_t ioctls;
+    uint64_t ioctls, count = region->registered_count;
     int error;
 
     if (start == end)
         return 0;
     error = lm_uffd_register(lm_engine.uffds[region->uffd].fd, (uintptr_t)region->base + start,
                              end - start, &ioctls);
-    if (error == 0)
-        region->registered[region->registered_count++] =
-            (struct lm_extent){ .start = start, .length = end - start };
+    if (error == 0) {
+        region->registered[count] = (struct lm_extent){ .start = start, .length = end - start };
+        region->registered_count = count + 1;
+    }
     return error;
 }
 

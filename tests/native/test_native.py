@@ -93,8 +93,9 @@ def test_native_program_passes(
     # have (seen with GCC 12's ASan under load: the child hangs in pthread_create, inside libasan).
     arguments += ["fork"] if sanitizer == "plain" else []
     # die_after_fork: the fetcher is started by clone(CLONE_VM), which TSan takes for a fork.
-    tsan = "halt_on_error=1:die_after_fork=0"
-    env = {**os.environ, "TSAN_OPTIONS": tsan, "ASAN_OPTIONS": "detect_leaks=1"}
+    # log_path: some tests silence stderr while the core says what they know.
+    tsan = "halt_on_error=1:die_after_fork=0:log_path=stdout"
+    env = {**os.environ, "TSAN_OPTIONS": tsan, "ASAN_OPTIONS": "detect_leaks=1:log_path=stdout"}
     done = subprocess.run(
         [str(target), *arguments], capture_output=True, text=True, timeout=300, env=env, check=False
     )
