@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -135,6 +134,8 @@ def gather(
     with contextlib.ExitStack() as stack:
         kept: BinaryIO = io.BytesIO()
         if nbytes > _IN_MEMORY:
+            import tempfile  # rarely: and it brings a dozen modules along
+
             kept = stack.enter_context(tempfile.TemporaryFile())
         for piece in stored:
             kept.write(piece)

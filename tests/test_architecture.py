@@ -9,6 +9,8 @@ from pathlib import Path
 
 import lazymem
 
+from .children import check_child
+
 ROOT = Path(lazymem.__file__).parent
 # Lower layers first; a module may import from its own part and from any part below it that is listed.
 # fmt: off
@@ -138,6 +140,24 @@ def test_the_fetcher_starts_without_numpy() -> None:
     for path in ROOT.rglob("*.py"):
         if part_of(path) in {"errors", "options", "store", "cache", "fetcher", "_native"}:
             assert not imported_at_once(path) & {"numpy", "ml_dtypes", "zstandard", "click", "rich"}, path
+
+
+def test_import_leaves_the_work_on_whole_files_for_later() -> None:
+    """By its own modules, and by what they bring along; and all of it is there when it is asked for."""
+    check_child(
+        """
+        import sys
+        import lazymem
+        later = {"lazymem.builder", "lazymem.copier", "lazymem.extractor", "lazymem.verifier",
+                 "lazymem.format.writer", "tempfile"}
+        assert not later & sys.modules.keys(), later & sys.modules.keys()
+        assert set(lazymem.__all__) <= set(dir(lazymem))
+        from lazymem import *
+        assert build is lazymem.build is sys.modules["lazymem.builder"].build
+        assert all(callable(globals()[name]) for name in lazymem.__all__)
+        assert not hasattr(lazymem, "no_such_name")
+        """
+    )
 
 
 def c_includes(name: str) -> set[str]:
