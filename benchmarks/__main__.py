@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -49,6 +51,16 @@ QUESTIONS: Final[dict[str, ModuleType]] = {
     "first_token": first_token,  # the last one: from then on this process holds torch
 }
 _TINY_MB: Final = 8
+#: What most children would import, one by one. Not blosc2, which starts threads when it is imported.
+_PEERS: Final = (
+    "boto3",
+    "botocore.config",
+    "s3transfer.manager",
+    "s3fs",
+    "zarr",
+    "zarr.storage",
+    "obstore.store",
+)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -90,6 +102,7 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if tiny:
         size_mb, model_mb, repeats = _TINY_MB, _TINY_MB, 1
+        _be_quick()
     console, started = Console(), time.monotonic()
     if not console.is_terminal:
         console.width = 200  # rich would cut the tables at 80
@@ -134,6 +147,14 @@ def main(
         console.print(sentence, style="yellow", markup=False)
     console.print(f"{time.monotonic() - started:.0f} s; RESULTS.md, results.json and plots in {out}")
     sys.exit(any(outcome.error for outcomes in answers.values() for outcome in outcomes))
+
+
+def _be_quick() -> None:
+    """Spare the children of a tiny run, whose figures nobody looks at, what each would do again."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads wait by turning round and round
+    for name in _PEERS:
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)
 
 
 def _matching(cases: list[Case], text: str) -> list[Case]:

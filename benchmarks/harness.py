@@ -53,6 +53,9 @@ def _child(function: Callable[[], Any], connection: Connection) -> None:
 def in_child(function: Callable[[], Any], deadline: float) -> Any:
     """`function()` of a forked child. Raises `CaseFailed`."""
     ours, theirs = _FORK.Pipe(duplex=False)
+    # Or a child's first collection would write to, and so copy, every page of what the parent has imported:
+    # a second of processor time beside torch.
+    gc.freeze()
     process = _FORK.Process(target=_child, args=(function, theirs), daemon=True)
     process.start()
     theirs.close()
