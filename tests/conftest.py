@@ -18,6 +18,7 @@ import lazymem
 from lazymem._native import engine_counts
 
 from .arrays import CHUNK, make_arrays
+from .once import made_once
 from .servers import install
 
 if TYPE_CHECKING:
@@ -64,27 +65,33 @@ def arrays() -> dict[str, NDArray[np.generic]]:
 @pytest.fixture(scope="session")
 def snapshot_path(tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, NDArray[np.generic]]) -> Path:
     """zstd, chunks of 64 KiB: many chunks, many faults."""
-    path = tmp_path_factory.mktemp("snapshots") / "small-chunks.lzm"
-    lazymem.build(arrays, path, codec="zstd", chunk_size=CHUNK)
-    return path
+
+    def make(path: Path) -> None:
+        lazymem.build(arrays, path, codec="zstd", chunk_size=CHUNK)
+
+    return made_once(tmp_path_factory, "small-chunks.lzm", make)
 
 
 @pytest.fixture(scope="session")
 def huge_path(tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, NDArray[np.generic]]) -> Path:
     """lz4, chunks of 2 MiB: whole huge pages, which can be moved."""
-    path = tmp_path_factory.mktemp("snapshots") / "huge-chunks.lzm"
-    lazymem.build(arrays, path, codec="lz4")
-    return path
+
+    def make(path: Path) -> None:
+        lazymem.build(arrays, path, codec="lz4")
+
+    return made_once(tmp_path_factory, "huge-chunks.lzm", make)
 
 
 @pytest.fixture(scope="session")
 def long_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A thousand chunks, which take a while to populate; the last element of "big" is 7."""
-    path = tmp_path_factory.mktemp("snapshots") / "long.lzm"
-    big = np.random.default_rng(4).standard_normal(16_000_000).astype(np.float32)
-    big[-1] = 7
-    lazymem.build({"big": big, "small": np.arange(9)}, path, chunk_size=CHUNK)
-    return path
+
+    def make(path: Path) -> None:
+        big = np.random.default_rng(4).standard_normal(16_000_000).astype(np.float32)
+        big[-1] = 7
+        lazymem.build({"big": big, "small": np.arange(9)}, path, chunk_size=CHUNK)
+
+    return made_once(tmp_path_factory, "long.lzm", make)
 
 
 #: What a way to lazy memory cannot do by its nature (README, *Where it runs*), by the backend that the suite
@@ -120,6 +127,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Install servers before the first test: a download is not to run against a test's timeout."""
+    # Tests have the collector run hundreds of times, accelerate does for each file: each time it would go
+    # through all of torch and transformers, for a fifth of a second.
+    gc.collect()
+    gc.freeze()
     if not session.config.option.collectonly:
         used = {name for item in session.items for name in getattr(item, "fixturenames", ())}
         install.install([need for name, need in install.OF_FIXTURE.items() if name in used])

@@ -63,7 +63,7 @@ print(all(found[name] == expected[name].tobytes() for name in found), len(found)
 
 @pytest.mark.timeout(200)
 def test_fetcher_killed_in_mid_flight_loses_nothing(
-    s3: Bucket, proxy: HostileProxy, snapshot_path: Path
+    s3: Bucket, proxy: HostileProxy, snapshot_path: Path, tmp_path: Path
 ) -> None:
     s3.put(KEY, snapshot_path.read_bytes())
     s3.through(proxy)
@@ -84,7 +84,7 @@ for rounds in range(1000):
 print("right", flush=True)
 """
     )
-    stop = snapshot_path.parent / "stop"
+    stop = tmp_path / "stop"
     with Child(code, s3.url(KEY), OPTIONS, str(stop), deadline=150) as child:
         assert child.hear() == "scanning"
         for _ in range(12):

@@ -19,6 +19,7 @@ import pytest
 from lazymem.ways import survey
 
 from ..children import check_child
+from ..once import FOLDER, folder_of_the_run
 
 WAYS = ("uffd", "uffd-user", "sigsegv", "eager")
 ABOUT_MEMORY = ("test_open.py", "test_lifetimes.py")
@@ -33,14 +34,16 @@ def is_there(way: str) -> bool:
 
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("way", WAYS[1:])
-def test_what_is_about_memory_holds_on_every_way(way: str, tmp_path: Path) -> None:
+def test_what_is_about_memory_holds_on_every_way(
+    way: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     if not is_there(way):
         pytest.skip(f"not to be had here: {survey().reason(way)}")
-    folder = Path(__file__).parent
+    folder, once = Path(__file__).parent, str(folder_of_the_run(tmp_path_factory))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--tb=short",
          f"--basetemp={tmp_path / 'way'}", "-k", NOT_AGAIN, *(str(folder / name) for name in ABOUT_MEMORY)],
-        env={**os.environ, "LAZYMEM_BACKEND": way, "PYTEST_ADDOPTS": ""},
+        env={**os.environ, "LAZYMEM_BACKEND": way, "PYTEST_ADDOPTS": "", FOLDER: once},
         cwd=folder.parents[1], capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from .test_native import HERE, NATIVE, SANITIZERS, load_build
+from .programs import HERE, NATIVE, SANITIZERS, load_build
 
 SECONDS = 5
 CORPUS = HERE / "corpus"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .test_native import NATIVE, SANITIZERS, load_build
+from .programs import NATIVE, SANITIZERS, core_objects, load_build
 
 ROOT = Path(__file__).parents[2]
 SUITES = ["tests/unit/test_format_index.py", "tests/faults/test_faults_damage.py"]
@@ -24,7 +24,9 @@ def runtime(name: str) -> str:
     ).stdout.strip()
 
 
-def test_hostile_files_under_address_sanitizer(tmp_path: Path) -> None:
+def test_hostile_files_under_address_sanitizer(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     build = load_build()
     package = tmp_path / "lazymem"
     shutil.copytree(NATIVE.parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_core.c"))
@@ -33,7 +35,7 @@ def test_hostile_files_under_address_sanitizer(tmp_path: Path) -> None:
     native = package / "_native"
     build.emit(native / "_core.c")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    sources = [str(native / name) for name in (*build.SOURCES, "_core.c")]
+    sources = [native / "_core.c", *core_objects(tmp_path_factory, "address")]
     flags = [*build.FLAGS, *build.WRAPPER_FLAGS, "-g", "-shared", "-fPIC", *SANITIZERS["address"]]
     include = f"-I{sysconfig.get_path('include')}"
     target = str(native / f"_core{suffix}")
