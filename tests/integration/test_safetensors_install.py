@@ -303,7 +303,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     torch.manual_seed(1)
     model = make()
     folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder, **({"max_shard_size": "100KB"} if request.param[1] else {}))
+    model.save_pretrained(folder, **({"max_shard_size": "200KB"} if request.param[1] else {}))
     files = list(folder.glob("*.safetensors"))
     assert (len(files) > 1) == request.param[1]
     return type(model), folder
