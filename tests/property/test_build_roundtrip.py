@@ -48,7 +48,8 @@ def arrays(draw: st.DrawFn) -> Array:
         raw[:] = np.arange(len(raw)) // 3
     elif fill == "gap":
         raw[:5] = raw[-5:] = 7
-    array: Array = np.ndarray(shape, dtype, raw.tobytes() or b"\0" * max(dtype.itemsize, 1))
+    # Not bytes: those of length one are the interpreter's, so two arrays would be one and its view.
+    array: Array = np.ndarray(shape, dtype, bytearray(raw) or bytearray(max(dtype.itemsize, 1)))
     view = draw(st.sampled_from(["C", "F", "step", "flip"]))
     if view == "F":
         return array.T
