@@ -32,7 +32,7 @@ def states(snap, name):
 """
 
 
-@pytest.mark.parametrize("backend", ["uffd", "uffd-user", "eager"])
+@pytest.mark.parametrize("backend", ["uffd", "uffd-user", "sigsegv", "eager"])
 def test_populate_takes_whatever_shows_lazy_memory(snapshot_path: Path, tmp_path: Path, backend: str) -> None:
     code = (
         COMMON
@@ -74,7 +74,7 @@ for wrong in (3, "text", None, object()):
     check_child(code, snapshot_path, backend, tmp_path / "out")
 
 
-@pytest.mark.parametrize("backend", ["uffd", "uffd-user"])
+@pytest.mark.parametrize("backend", ["uffd", "uffd-user", "sigsegv"])
 def test_populate_works_without_the_snapshot_and_after_pages_were_given_back(
     snapshot_path: Path, tmp_path: Path, backend: str
 ) -> None:
@@ -108,7 +108,7 @@ assert "No snapshot is open" in lazymem.explain()
     check_child(code, snapshot_path, backend, tmp_path / "out")
 
 
-@pytest.mark.parametrize("backend", ["uffd", "uffd-user"])
+@pytest.mark.parametrize("backend", ["uffd", "uffd-user", "sigsegv"])
 def test_populate_raises_what_prefetch_raises(tmp_path: Path, backend: str) -> None:
     path = tmp_path / "damaged.lzm"
     data = np.random.default_rng(3).integers(0, 256, 500_000, np.uint8)
@@ -135,7 +135,7 @@ assert "could not be had when last asked for" in said, said
 part = snap["first"][200_000:]
 try:
     os.write(out, part)
-except OSError as error:  # poisoned on uffd, unpopulated on uffd-user
+except OSError as error:  # poisoned on uffd, unpopulated on the others
     said = lazymem.explain(error)
     assert "'first'" in said, said
     assert "SIGBUS" in said, said
@@ -146,7 +146,12 @@ else:
     check_child(code, path, backend, tmp_path / "out")
 
 
-def test_explain_says_why_a_system_call_failed_and_what_to_do(snapshot_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("backend", "why"), [("uffd-user", "user mode only"), ("sigsegv", "not sent for the kernel's own")]
+)
+def test_explain_says_why_a_system_call_failed_and_what_to_do(
+    snapshot_path: Path, tmp_path: Path, backend: str, why: str
+) -> None:
     code = (
         COMMON
         + """
@@ -169,7 +174,7 @@ assert "Variable 'given'" in said, said
 assert "array 'ids'" in said, said
 assert f"of {path!r}" in said, said
 assert "0 are populated" in said or "0 is populated" in said, said
-assert "user mode only" in said, said
+assert WHY in said, said
 assert "lazymem.populate(array)" in said, said
 assert "lazymem doctor" in said, said
 
@@ -192,13 +197,15 @@ assert "shows no memory" in lazymem.explain("text")
 assert "not how a system call fails" in lazymem.explain(KeyError("other"))
 assert "not how a system call fails" in lazymem.explain(FileNotFoundError(2, "other"))
 
-full = lazymem.open(path, backend="uffd")
-assert "system calls work" in lazymem.explain(full["ids"])
+for served in ("uffd", "eager"):
+    other = lazymem.open(path, backend=served)
+    assert "system calls work" in lazymem.explain(other["ids"])
 """
-    )
-    check_child(code, snapshot_path, "uffd-user", tmp_path / "out")
+    ).replace("WHY", repr(why))
+    check_child(code, snapshot_path, backend, tmp_path / "out")
 
 
+@pytest.mark.needs_mapping
 def test_plain_mapping_is_populated_and_explained(tmp_path: Path) -> None:
     path = tmp_path / "data.npy"
     np.save(path, np.arange(100_000))
