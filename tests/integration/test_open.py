@@ -413,7 +413,7 @@ def test_readahead_is_not_taken_by_random_access(snapshot_path: Path) -> None:
         del array
 
 
-@pytest.mark.needs_userfaultfd
+@pytest.mark.needs_lazy
 def test_install_move_that_cannot_be_is_refused_not_replaced(snapshot_path: Path) -> None:
     with pytest.raises(BackendUnavailable, match=r"install='move' needs .*chunks of whole huge pages"):
         lazymem.open(snapshot_path, install="move")

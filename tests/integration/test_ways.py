@@ -72,19 +72,26 @@ for way in ways:
         snap.prefetch("layer.4.weight", wait=True)
         os.write(writer, array[900:901].data.cast("B"))
         data = os.read(reader, 1 << 16)
-        found[way] = [*lazy, kernel, touched, data[-2048:] == array[900].tobytes()]
+        right = data[-2048:] == array[900].tobytes()
         del array
+    with lazymem.open(path, backend=way, mode="c") as snap:
+        ids = snap["ids"]
+        ids[5] = 77
+        snap.evict("ids")
+        found[way] = [*lazy, kernel, touched, right, int(ids[5])]
+        del ids
 print(json.dumps(found))
 """
 
 
 def test_every_way_does_with_a_touch_what_the_readme_says(snapshot_path: Path) -> None:
-    """Chunks left at open, and after a touch; the kernel's touch, code's; the kernel's after prefetch."""
+    """Chunks left at open, and after a touch; the kernel's touch, code's; the kernel's after prefetch; what
+    was written, after evict."""
     lazy = {
-        "uffd": [True, True, "written", True, True],
-        "uffd-user": [True, True, "EFAULT", True, True],
-        "sigsegv": [True, True, "EFAULT", True, True],
-        "eager": [False, False, "written", True, True],
+        "uffd": [True, True, "written", True, True, 5],
+        "uffd-user": [True, True, "EFAULT", True, True, 5],
+        "sigsegv": [True, True, "EFAULT", True, True, 5],
+        "eager": [False, False, "written", True, True, 77],
     }
     there = [way for way in WAYS if is_there(way)]
     found = json.loads(check_child(TOUCHES, snapshot_path, *there))
