@@ -204,6 +204,7 @@ def test_model_reads_nothing_of_its_layers_before_they_run(
     assert loaded < snap.stats().chunks_populated <= loaded + size
 
 
+@pytest.mark.needs_lazy
 def test_mixture_reads_only_the_experts_that_ran(tmp_path: Path, opened: list[lazymem.Snapshot]) -> None:
     """transformers fuses experts into one parameter; they stay lazy one by one, on disk apart as ever."""
     torch.manual_seed(5)
