@@ -117,7 +117,7 @@ class ChunkCache:
         raises for what it finds on the disk, never waits for anything but the disk.
         """
         out = out.cast("B")
-        directory = self._fd if self._fd is not None else self._find()
+        directory = self._find()
         if directory is None or not len(out):
             self._count("misses")
             return False
@@ -179,9 +179,10 @@ class ChunkCache:
 
     def discard(self, key: str, offset: int, length: int) -> None:
         """Forget a piece, if it is there: its bytes were found to be wrong."""
-        if self._fd is not None:
+        directory = self._find()
+        if directory is not None:
             path = f"{key}/{piece.name_of(offset, length)}"
-            self._unlink(self._fd, path, piece.HEADER_SIZE + length)
+            self._unlink(directory, path, piece.HEADER_SIZE + length)
 
     def info(self) -> CacheInfo:
         """Walk over the cache and say what is in it. Raises OSError, `OptionError`."""
@@ -234,7 +235,9 @@ class ChunkCache:
             os.close(fd)
 
     def _find(self) -> int | None:
-        """Open the directory if another process has made it by now; never raises."""
+        """The directory, also if another process has made it only by now; never raises."""
+        if self._fd is not None:
+            return self._fd
         with self._lock, suppress(OSError, OptionError):
             if self._fd is None:
                 self._fd = open_directory(self.directory, create=False)

@@ -146,6 +146,14 @@ def test_discard_forgets_one_piece(cache: ChunkCache) -> None:
     assert (read(cache, 0, 40), read(cache, 40, 40)) == (None, DATA)
 
 
+def test_discard_forgets_what_another_process_made_the_directory_for(cache: ChunkCache) -> None:
+    other = ChunkCache(cache.directory, LIMIT)
+    other.write(KEY, 0, DATA)
+    cache.discard(KEY, 0, 40)
+    assert read(other, 0, 40) is None
+    other.close()
+
+
 def test_nothing_readable_by_others_and_no_url_in_it(cache: ChunkCache) -> None:
     old = os.umask(0)
     try:
