@@ -46,6 +46,12 @@ print(json.dumps({"report": report, "opened": opened}))
 """
 
 
+@pytest.fixture(autouse=True)
+def taken_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doctor is about the way that "auto" takes, whichever the suite is told to take."""
+    monkeypatch.setenv("LAZYMEM_BACKEND", "auto")
+
+
 @pytest.fixture
 def snapshot() -> Iterator[str]:
     # Not tmp_path: that lies in a folder which only its owner may enter.
