@@ -8,8 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -31,13 +32,20 @@ SAYS = {
 #: The same of those that take a URL, for the snapshot of the test below.
 TRANSFORMERS = "transformers_s3.py"
 SAYS_REMOTE = {"dask_s3.py": "mean:   2047.500000", "s3_partial_read.py": "stats: 4 of "}
+#: Whose point is how few chunks it reads.
+ABOUT_LAZINESS = {"three_rows.py", "s3_partial_read.py"}
 
 
 def test_examples_are_all_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == SAYS.keys() | SAYS_REMOTE.keys() | {TRANSFORMERS}
 
 
-@pytest.mark.parametrize("name", sorted(SAYS))
+def examples(names: Iterable[str]) -> list[Any]:
+    lazy = pytest.mark.needs_lazy
+    return [pytest.param(name, marks=lazy if name in ABOUT_LAZINESS else ()) for name in sorted(names)]
+
+
+@pytest.mark.parametrize("name", examples(SAYS))
 def test_example_runs(name: str, tmp_path: Path) -> None:
     if name == "minilm.py":
         try:
@@ -48,7 +56,7 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", sorted(SAYS_REMOTE))
+@pytest.mark.parametrize("name", examples(SAYS_REMOTE))
 def test_remote_example_runs(name: str, s3: Bucket, tmp_path: Path) -> None:
     if name == "dask_s3.py":
         pytest.importorskip("distributed")
