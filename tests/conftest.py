@@ -96,18 +96,16 @@ def long_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 #: What a way to lazy memory cannot do by its nature (README, *Where it runs*), by the backend that the suite
 #: is told to open with. A test says what it needs; what becomes of it where that is missing has tests, too.
+#: System calls on memory that nothing has touched are asked of each way by name (test_ways, faults/contexts).
 LACKS = {
     "eager": {
         "needs_lazy": "eager reads everything at open: nothing is left to be populated later",
         "needs_userfaultfd": "eager needs no userfaultfd, and has no use for what it can do",
     },
     "sigsegv": {
-        "needs_kernel_touch": "a touch by the kernel is no signal: EFAULT, and lazymem.explain() says why",
         "needs_userfaultfd": "sigsegv is what is taken where there is no userfaultfd",
     },
-    "uffd-user": {
-        "needs_kernel_touch": "a touch by the kernel is not reported: EFAULT, and lazymem.explain() says why",
-    },
+    "uffd-user": {},
     "uffd": {},
 }
 
