@@ -48,6 +48,7 @@ def run_steps(s3: Bucket, proxy: HostileProxy, *steps: str) -> list[Request]:
     return proxy.requests()[before:]
 
 
+@pytest.mark.needs_lazy
 def test_a_snapshot_opens_in_one_request_and_an_element_takes_one_more(
     s3: Bucket, proxy: HostileProxy, snapshot_path: Path
 ) -> None:
@@ -86,6 +87,7 @@ def test_a_full_scan_asks_for_ranges_of_many_chunks(
     assert bytes_of(requests) < len(data) * 1.1 + 64 * 1024
 
 
+@pytest.mark.needs_lazy
 def test_one_tebibyte_opens_in_two_requests_and_the_size_of_its_index(
     s3: Bucket, proxy: HostileProxy, tmp_path: Path
 ) -> None:
@@ -110,6 +112,7 @@ def test_one_tebibyte_opens_in_two_requests_and_the_size_of_its_index(
     assert len(run_steps(s3, proxy, *steps)) <= len(opened) + len(places)
 
 
+@pytest.mark.needs_lazy
 def test_an_index_of_megabytes_takes_a_second_request(
     s3: Bucket, proxy: HostileProxy, tmp_path: Path
 ) -> None:
