@@ -274,6 +274,7 @@ def test_handle_pickles_by_reference(weights: Path) -> None:
         pickle.loads(pickle.dumps(file)).keys()
 
 
+@pytest.mark.needs_lazy
 def test_loading_a_model_reads_nothing(tmp_path: Path) -> None:
     script = """
         import sys, torch
