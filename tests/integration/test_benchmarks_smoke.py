@@ -105,6 +105,7 @@ def check_page(page: str, results: dict[str, Any]) -> None:
 # One test, because one run is enough for all checks, and takes a minute. The server: the benchmark starts its
 # own, but this one sees to it that it is installed, or skips.
 @has_peers
+@pytest.mark.needs_userfaultfd  # one of the candidates moves its chunks in
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("s3_server")
