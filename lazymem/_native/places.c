@@ -21,6 +21,7 @@ static void *inaccessible; /* one page */
 static struct doubt { uintptr_t start, end; } doubts[LM_DOUBTS];
 static unsigned doubt_count;
 static bool confused, untraceable;
+static bool moves; /* something was moved since there are regions */
 
 typedef int act_fn(struct lm_region *region, const struct lm_piece *place, void *context);
 
@@ -463,13 +464,13 @@ static struct lm_region *find_followed_locked(uintptr_t start, uintptr_t end)
     return NULL;
 }
 
-/* Other memory may lie there again, lazy memory by an event that was read too early. */
+/* Other memory may lie there again; where there are moves, lazy memory of an event that was read too early. */
 static void note_unmap_locked(uintptr_t start, uintptr_t end)
 {
     bool known = find_followed_locked(start, end) != NULL;
 
     forget_all_locked(start, end, NULL);
-    if (confused || (known && lm_sys_is_mapped((void *)start, end - start)))
+    if (confused || (known && moves && lm_sys_is_mapped((void *)start, end - start)))
         doubt(start, end);
 }
 
@@ -482,6 +483,7 @@ static void note_move_locked(uintptr_t from, uintptr_t to, uint64_t length)
     if (beneath != NULL && !confused)
         lm_report_memory(beneath, "threads move its memory at the same time, in an order that is not known: what "
                                   "they move raises a signal when touched (they must take turns)");
+    moves = true;
     confused = confused || beneath != NULL || untraceable;
     forget_all_locked(to, to + length, NULL);
     if (confused) {
@@ -568,7 +570,7 @@ bool lm_places_unsettled_locked(void)
 
 void lm_places_reset(void)
 {
-    confused = untraceable = false;
+    confused = untraceable = moves = false;
     doubt_count = 0;
 }
 
