@@ -21,6 +21,7 @@ from . import remote_sockets as sockets
 from .data import Data, digest
 from .harness import Case, Meter, Metrics, Outcome, in_child
 from .llama import Llama
+from .page_cache import cached_share, evict
 from .question import COLOURS, Column, Settings, error_bars, medians
 from .remote import DELAY, apart_counts, import_seconds
 from .remote_server import BUCKET, NoServer, Place, Server, have, start
@@ -328,8 +329,8 @@ def _digest_of(path: Path) -> int:
 
 def _forgets(path: Path) -> bool:
     """Whether the page cache lets go of a file where the files lie."""
-    loaders.evict(path)
-    return loaders.cached_share(path) < 0.05
+    evict(path)
+    return cached_share(path) < 0.05
 
 
 def conclude(outcomes: Sequence[Outcome]) -> None:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from lazymem import snapshot as snapshots
 from .bounds import Bytes, fresh_memory, touch
 from .harness import Meter
 from .llama import Llama, generate, skeleton, start_torch
+from .page_cache import evict
 from .remote_meter import measured
 from .remote_server import BUCKET, Place
 
@@ -242,23 +243,3 @@ def lazymem_tensors(source: str, place: Place, names: Sequence[str], prefetch: b
     if prefetch:
         tensors.prefetch(names)
     return {name: tensors[name] for name in names}
-
-
-# ---- the page cache ----
-
-
-def evict(path: Path) -> None:
-    """Have the kernel forget a file's pages: of this file alone, and without being root."""
-    with open(path, "rb", buffering=0) as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def cached_share(path: Path) -> float:
-    """How much of a file the page cache holds, by a sample of 100 pages."""
-    size, held = path.stat().st_size, 0
-    with open(path, "rb", buffering=0) as file:
-        for number in range(100):
-            with suppress(BlockingIOError):
-                held += os.preadv(file.fileno(), [bytearray(1)], size * number // 100, os.RWF_NOWAIT) > 0
-    return held / 100
