@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from . import bounds, contenders
+from . import bounds, contenders, mounts
 from .data import Data, files_of
 from .harness import Case, Outcome
 from .question import CPU, RATE, Column, Settings, error_bars, medians
@@ -19,6 +19,8 @@ COLUMNS: Final = (
     CPU,
     Column("of memcpy", "of memcpy"),
     Column("of decoder", "of decoder"),
+    Column("of mounts", "of_mounts"),
+    Column("ratio", "ratio"),
     Column("faults", "faults", 1, 0),
 )
 CHUNK: Final = 2 << 20
@@ -31,6 +33,7 @@ STORED: Final = (
     ("bf16", "zstd", False),
     ("smooth", "zstd", True),
     ("smooth", "lz4", True),
+    ("smooth", "lz4", False),  # what EROFS stores
     ("bf16", "none", False),
 )
 
@@ -52,7 +55,7 @@ def cases(data: Data, settings: Settings) -> Iterator[Case]:
             files=tuple(files_of(path)),
             memory=memory,
             digest=data.digest_of(content) if more.pop("check", True) else None,
-            params=more.pop("params", {}),
+            params={"content": content, **more.pop("params", {})},
             against={"of memcpy": "memcpy fresh 1 thread", **more.pop("against", {})},
         )
 
@@ -114,6 +117,18 @@ def cases(data: Data, settings: Settings) -> Iterator[Case]:
                 params={"stored": label, "variant": name}, against=against,
             )  # fmt: skip
 
+    for mount in mounts.mounted(data, settings, "full_scan"):
+        image = mount.image
+        # Beside what is packed with the same codec; lz4hc is decoded as lz4 is.
+        label = stored_name(image.kind, "zstd" if image.codec == "zstd" else "lz4", True)
+        for team in sorted({1} if settings.tiny else {1, threads}):
+            yield case(
+                f"{image.label}, {team} thread{'s' if team > 1 else ''}", "peer",
+                partial(contenders.mounted_scan, mount=mount, threads=team), mount.path, image.kind, size,
+                params={"stored": label, "variant": image.system, "mount": image.kind},
+                against={"of decoder": f"decode fresh {label}"},
+            )  # fmt: skip
+
     for kind, codec, planes in (("bf16", "zstd", True), ("smooth", "lz4", True), ("bf16", "none", False)):
         label = stored_name(kind, codec, planes)
         for chunk in settings.points(CURVE):
@@ -140,6 +155,26 @@ def cases(data: Data, settings: Settings) -> Iterator[Case]:
             )  # fmt: skip
 
 
+def conclude(outcomes: Sequence[Outcome]) -> None:
+    """Speed relative to the fastest mount with the same content in the same round: 2.0 is twice as fast.
+
+    And how much smaller the file is than the bytes in it.
+    """
+    for outcome in outcomes:
+        for run in outcome.runs:
+            if run is not None and outcome.case.kind != "bound":
+                run["ratio"] = outcome.case.nbytes / sum(file.stat().st_size for file in outcome.case.files)
+    mounted = [outcome for outcome in outcomes if "mount" in outcome.case.params]
+    for outcome in outcomes:
+        if outcome.case.kind != "lazymem":
+            continue
+        rivals = [one for one in mounted if one.case.params["mount"] == outcome.case.params["content"]]
+        for number, run in enumerate(outcome.runs):
+            times = [other["seconds"] for one in rivals if (other := one.runs[number]) is not None]
+            if run is not None and times:
+                run["of_mounts"] = min(times) / run["seconds"]
+
+
 def plot(figure: Any, outcomes: Sequence[Outcome]) -> None:
     shown = [outcome for outcome in outcomes if outcome.error is None]
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -157,11 +192,16 @@ def _plot_stored(axes: Any, outcomes: Sequence[Outcome]) -> None:
         "decompress whole",
         "zarr",
         "blosc2",
+        "squashfs",
+        "erofs",
     )
-    colours = ("#8d99ae", "#0b6e4f", "#6bbf59", "#a7d49b", "#f2a541", "#c8553d", "#8e3b46")
+    colours = (
+        "#8d99ae", "#0b6e4f", "#6bbf59", "#a7d49b", "#f2a541", "#c8553d", "#8e3b46", "#5f7adb", "#b084cc",
+    )  # fmt: skip
     stored = [stored_name(*one) for one in STORED]
     width = 0.8 / len(variants)
     for column, (variant, colour) in enumerate(zip(variants, colours, strict=True)):
+        label: str | None = variant
         for row, name in enumerate(stored):
             found = [
                 outcome
@@ -174,7 +214,6 @@ def _plot_stored(axes: Any, outcomes: Sequence[Outcome]) -> None:
             ]
             if found:
                 best = max(found, key=lambda outcome: outcome.median("gb_per_s") or 0.0)
-                label = variant if row == 0 else None
                 axes.barh(
                     [row + column * width],
                     medians([best], "gb_per_s"),
@@ -183,6 +222,7 @@ def _plot_stored(axes: Any, outcomes: Sequence[Outcome]) -> None:
                     xerr=error_bars([best], "gb_per_s"),
                     label=label,
                 )
+                label = None  # once in the legend
     axes.set_yticks([row + 0.35 for row in range(len(stored))], stored)
     axes.invert_yaxis()
     axes.set_xlabel("GB/s of memory, from a path to every page touched")

@@ -20,6 +20,7 @@ import numpy as np
 
 import lazymem
 
+from . import mounts
 from .bounds import PAGE, Bytes, as_bytes
 from .contenders import note_stats
 from .data import NAME, SEED, Data, files_of
@@ -99,6 +100,11 @@ def _memmap(meter: Meter, raw: Path, threads: int) -> None:
     _run(meter, raw, threads, lambda: _memory_reader(view))
 
 
+def _mounted(meter: Meter, mount: mounts.Mounted, random: bool, raw: Path, threads: int) -> None:
+    view = mounts.fresh(mount, random)
+    _run(meter, raw, threads, lambda: _memory_reader(view))
+
+
 def _item_reader(array: Any) -> Reader:
     per_page = PAGE // array.dtype.itemsize
 
@@ -147,6 +153,14 @@ def cases(data: Data, settings: Settings) -> Iterator[Case]:
     series.append(("zarr zstd 256 KiB", "peer", "bf16", path, partial(_zarr, path=path)))
     path = data.blosc2("bf16", "zstd", True, 2 << 20)
     series.append(("blosc2 zstd 2048 KiB", "peer", "bf16", path, partial(_blosc2, path=path)))
+    for mount in mounts.mounted(data, settings, "random_touch"):
+        image = mount.image
+        run = partial(_mounted, mount=mount, random=False)
+        series.append((image.label, "peer", image.kind, mount.path, run))
+        if image.system == "erofs":
+            # The kernel reads around a touch; who knows better says so. squashfs reads whole blocks anyway.
+            run = partial(_mounted, mount=mount, random=True)
+            series.append((f"{image.label}, madvise random", "peer", image.kind, mount.path, run))
     for name, group, kind, path, run in series:
         for threads in settings.points(THREADS):
             yield Case(
@@ -160,13 +174,18 @@ def cases(data: Data, settings: Settings) -> Iterator[Case]:
 
 
 def plot(figure: Any, outcomes: Sequence[Outcome]) -> None:
+    from matplotlib import colormaps
+
     left, right = figure.subplots(1, 2)
+    for axes in (left, right):
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)
     series: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         if outcome.error is None:
             series.setdefault(outcome.case.params["series"], []).append(outcome)
     for name, points in series.items():
         style = "o-" if points[0].case.kind == "lazymem" else "s--"
+        style = "^:" if name.startswith(("squashfs", "erofs")) else style
         threads = [point.case.params["threads"] for point in points]
         left.plot(threads, [point.median("touches_per_s") for point in points], style, label=name)
         right.plot(threads, [(point.median("p99_seconds") or 0) * 1e6 for point in points], style)
@@ -175,4 +194,4 @@ def plot(figure: Any, outcomes: Sequence[Outcome]) -> None:
         axes.set_yscale("log")
         axes.set_xlabel("threads")
         axes.set_ylabel(label)
-    left.legend(fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7)

@@ -19,6 +19,7 @@ from rich.table import Table
 from lazymem import _native
 
 from .harness import Outcome
+from .mounts import squashfs_decompressors
 from .question import Column
 
 #: Of the JSON file; raise it when a field changes its meaning.
@@ -74,6 +75,7 @@ def machine() -> dict[str, Any]:
         "hypervisor": "hypervisor" in Path("/proc/cpuinfo").read_text(),
         "kernel": platform.release(),
         "huge_pages": _first_line("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "squashfs_decompressors": squashfs_decompressors(),
         "python": platform.python_version(),
         "packages": versions,
         "userfaultfd": [
@@ -155,7 +157,8 @@ def write_markdown(
         f"{options['threads']} engine threads, {head['seconds']:.0f} s in all, load at start "
         f"{machine['load_at_start'][0]:.1f}. {machine['cpu']}, {machine['cpus']} processors, "
         f"{machine['memory_mib']:,} MiB{', virtual' if machine['hypervisor'] else ''}; Linux "
-        f"{machine['kernel']}, huge pages {machine['huge_pages']}; Python {machine['python']}, {packages}.",
+        f"{machine['kernel']}, huge pages {machine['huge_pages']}, squashfs decompressors "
+        f"{machine['squashfs_decompressors']}; Python {machine['python']}, {packages}.",
     ]
     for name, outcomes in answers.items():
         lines += ["", f"## {questions[name].TITLE}", "", f"![{name}]({name}.png)", ""]
