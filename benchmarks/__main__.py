@@ -31,9 +31,11 @@ from . import (
     first_token,
     full_scan,
     memory,
+    opening,
     random_touch,
     remote,
     report,
+    sparse,
     weights,
 )
 from .data import KINDS, SEED, Data
@@ -44,6 +46,8 @@ QUESTIONS: Final[dict[str, ModuleType]] = {
     "first_element": first_element,
     "full_scan": full_scan,
     "random_touch": random_touch,
+    "sparse": sparse,
+    "opening": opening,
     "memory": memory,
     "fault_profile": fault_profile,
     "remote": remote,

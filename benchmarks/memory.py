@@ -17,6 +17,7 @@ import numpy as np
 
 import lazymem
 
+from . import proc
 from .bounds import Bytes, as_bytes, decompress, touch
 from .data import NAME, Data, files_of
 from .harness import Case, Meter, Outcome
@@ -34,14 +35,6 @@ CHUNK: Final = 2 << 20
 PARTS: Final = {"1 %": 0.01, "all": 1.0}
 
 
-def _status(field: str, file: str = "status") -> float:
-    """A field of /proc/self/status or smaps_rollup, in MiB."""
-    for line in Path(f"/proc/self/{file}").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise KeyError(field)
-
-
 def _stretch(nbytes: int, part: float) -> slice:
     length = max(4096, int(nbytes * part) // 4096 * 4096)
     first = (nbytes - length) // 2 // 4096 * 4096
@@ -54,17 +47,17 @@ def _resident(meter: Meter, load: Callable[[float], tuple[Any, Bytes]], part: fl
     load(PARTS["1 %"])
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before, anonymous = _status("VmRSS"), _status("Anonymous", "smaps_rollup")
+    before, anonymous = proc.mib("VmRSS"), proc.mib("Anonymous", "smaps_rollup")
     with meter:
         keep, view = load(part)
         touch(view)
     mib = len(view) / 2**20
-    peak = _status("VmHWM") - before
+    peak = proc.mib("VmHWM") - before
     meter.note(
         asked_mib=mib,
         peak_mib=peak,
         beyond_mib=peak - mib,
-        anonymous_mib=_status("Anonymous", "smaps_rollup") - anonymous,
+        anonymous_mib=proc.mib("Anonymous", "smaps_rollup") - anonymous,
     )
     del keep
     return view

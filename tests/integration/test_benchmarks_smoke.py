@@ -16,7 +16,9 @@ from benchmarks.harness import Case, run_cases
 from ..children import check_child
 
 ROOT = Path(__file__).resolve().parents[2]
-QUESTIONS = ("first_element", "full_scan", "random_touch", "memory", "fault_profile", "weights")
+QUESTIONS = (
+    "first_element", "full_scan", "random_touch", "sparse", "opening", "memory", "fault_profile", "weights",
+)  # fmt: skip
 
 has_peers = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("blosc2", "matplotlib", "zarr")),
@@ -83,6 +85,34 @@ def check_full_scan_against_the_bounds(results: dict[str, Any]) -> None:
             assert case["summary"][column]["median"] > 0
 
 
+# Without read-ahead each chunk that is touched is read once, and nothing else: by the engine's own count and
+# by the kernel's, which has the reads of /proc too.
+def check_sparse_reads_what_is_touched(results: dict[str, Any]) -> None:
+    cases = summaries(results, "sparse")
+    exact = [summary for name, summary in cases.items() if name.endswith(", off")]
+    assert len(exact) == len(cases) / 2
+    for summary in exact:
+        assert summary["of_bound"]["median"] == 1.0
+        assert 0 <= summary["process_read_mib"]["median"] - summary["read_mib"]["median"] < 0.1
+
+
+# The index is all there is to an opening: a tebibyte has no larger one than a mebibyte.
+def check_opening_of_a_tebibyte(results: dict[str, Any]) -> None:
+    cases = summaries(results, "opening")
+    small, large = (cases[f"lazymem, {size}"]["index_kib"]["median"] for size in ("1 MiB", "1 TiB"))
+    assert 0 < large < 2 * small
+    assert cases["lazymem, 10,000 arrays"]["index_kib"]["median"] > 10 * small
+
+
+# Mounts need root, tools and a kernel: where they are left out, a line says why.
+def check_mounts_are_measured_or_named(results: dict[str, Any]) -> None:
+    for question in ("full_scan", "random_touch"):
+        said = [line for line in results["skipped"] if line.startswith(f"{question}: ")]
+        for system in ("squashfs", "erofs"):
+            measured = [name for name in summaries(results, question) if name.startswith(system)]
+            assert measured or any(system in line.lower() for line in said)
+
+
 # Everybody's tokens are held against those of transformers by the program itself.
 def check_first_token_of_disk_and_s3(results: dict[str, Any]) -> None:
     cases = summaries(results, "first_token")
@@ -121,6 +151,9 @@ def test_every_benchmark_measures_every_candidate(tmp_path: Path) -> None:
         assert (tmp_path / f"{question}.png").read_bytes().startswith(b"\x89PNG")
     check_remote_counts_its_requests(results)
     check_full_scan_against_the_bounds(results)
+    check_mounts_are_measured_or_named(results)
+    check_sparse_reads_what_is_touched(results)
+    check_opening_of_a_tebibyte(results)
     check_page((tmp_path / "RESULTS.md").read_text(), results)
 
 
