@@ -73,6 +73,11 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
+def _chosen(env: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str:
+    """The variable's value, checked under its own name; the first of `allowed` where it is unset or empty."""
+    return _choice(name, env.get(name) or allowed[0], allowed)
+
+
 def check_threads(value: int, name: str = "threads") -> int:
     """Return `value` if it is an allowed number of threads, else raise `OptionError`."""
     _whole(name, value)
@@ -137,9 +142,9 @@ class OpenOptions:
         fork: str = "inherit",
         environ: Mapping[str, str] | None = None,
     ) -> OpenOptions:
-        """What the caller gave, else LAZYMEM_BACKEND, LAZYMEM_INSTALL, LAZYMEM_THREADS."""
+        """What the caller gave, else LAZYMEM_BACKEND, LAZYMEM_INSTALL, LAZYMEM_THREADS, if not empty."""
         env = os.environ if environ is None else environ
-        if threads is None and "LAZYMEM_THREADS" in env:
+        if threads is None and env.get("LAZYMEM_THREADS"):
             try:
                 threads = check_threads(int(env["LAZYMEM_THREADS"]), "LAZYMEM_THREADS")
             except ValueError:
@@ -148,8 +153,8 @@ class OpenOptions:
                 ) from None
         return cls(
             mode=mode,
-            backend=backend if backend is not None else env.get("LAZYMEM_BACKEND", "auto"),
-            install=install if install is not None else env.get("LAZYMEM_INSTALL", "auto"),
+            backend=backend if backend is not None else _chosen(env, "LAZYMEM_BACKEND", BACKENDS),
+            install=install if install is not None else _chosen(env, "LAZYMEM_INSTALL", INSTALLS),
             threads=threads,
             chunk_size=chunk_size if chunk_size is not None else DEFAULT_CHUNK_SIZE,
             readahead=readahead,

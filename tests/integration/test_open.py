@@ -297,9 +297,14 @@ def test_environment_chooses_the_backend(snapshot_path: Path, monkeypatch: pytes
     monkeypatch.setenv("LAZYMEM_BACKEND", "eager")
     with lazymem.open(snapshot_path) as snap:
         assert snap.backend == "eager"
-    monkeypatch.setenv("LAZYMEM_THREADS", "many")
-    with pytest.raises(OptionError, match="LAZYMEM_THREADS"):
-        lazymem.open(snapshot_path)
+    for name in ("BACKEND", "INSTALL", "THREADS"):
+        monkeypatch.setenv(f"LAZYMEM_{name}", "")
+    lazymem.open(snapshot_path).close()
+    for name in ("BACKEND", "INSTALL", "THREADS"):
+        monkeypatch.setenv(f"LAZYMEM_{name}", "many")
+        with pytest.raises(OptionError, match=f"^LAZYMEM_{name} is 'many'"):
+            lazymem.open(snapshot_path)
+        monkeypatch.delenv(f"LAZYMEM_{name}")
 
 
 def test_names_are_strings(snapshot_path: Path) -> None:
