@@ -55,6 +55,17 @@ _STORE_CODES: Final = (
 )
 
 
+#: What to do where a chunk cannot be read, by what the core says.
+_REMEDIES: Final = {
+    _native.E_SHORT: "get the whole file again",
+    _native.E_CODEC: "reinstall lazymem with its dependencies",
+    -errno.EIO: "the kernel's log (dmesg) says more; prefetch it again, or copy the file",
+    -errno.ENOMEM: "free memory, or raise its limit or vm.max_map_count, and prefetch it again",
+    -errno.EFBIG: "raise the limit of file sizes (ulimit -f) and prefetch it again",
+    -errno.EMFILE: "raise the limit of descriptors (ulimit -n) and prefetch it again",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Stats:
     """Counters of one snapshot since it was opened. Bytes and seconds, summed over all threads.
@@ -290,11 +301,17 @@ class Memory:
         begin = chunk * self.chunk_size
         array = self._catalog.name_at(begin, begin + self.chunk_size)
         where = f"chunk {chunk}" + (f" (array {array!r})" if array is not None else "")
-        if any(blob.has_changed() for blob in self._blobs):
+        try:
+            changed = any(blob.has_changed() for blob in self._blobs)
+        except ReadError:  # what is read under a closed number says nothing of the file
+            return self._closed_under_us(where, chunk, array)
+        if changed:
             return SnapshotChanged(
                 f"{self.url}: was changed while it was open, {where} cannot be read ({error}); open it again",
                 url=self.url,
             )
+        if error.code == -errno.EBADF:  # the core has duplicates
+            return self._closed_under_us(where, chunk, array)
         if error.code in _STORE_CODES:
             said = str(error).removeprefix(f"{self.url}: ")
             found = store_error(self.url, error.code, f"{self.url}: {where} cannot be read: {said}")
@@ -302,8 +319,20 @@ class Memory:
                 found.chunk, found.array = chunk, array
             return found
         corrupt = OF_CODE.get(_native.CODES.get(error.code, "")) is ChunkCorrupt
+        remedy = _REMEDIES.get(error.code, "prefetch it again, or open it again")
+        if corrupt:  # only snapshots have checksums
+            remedy = "`lazymem verify` lists all bad chunks"
         return (ChunkCorrupt if corrupt else ReadError)(
-            f"{self.url}: {where} cannot be read: {error}; `lazymem verify` lists all bad chunks",
+            f"{self.url}: {where} cannot be read: {error}; {remedy}",
+            url=self.url,
+            chunk=chunk,
+            array=array,
+        )
+
+    def _closed_under_us(self, where: str, chunk: int, array: str | None) -> ReadError:
+        return ReadError(
+            f"{self.url}: its descriptors were closed by this process, so {where} cannot be read; open it "
+            "again",
             url=self.url,
             chunk=chunk,
             array=array,
@@ -355,7 +384,7 @@ def find(address: int) -> Lease | None:
 def _was_written(blob: Blob) -> bool:
     try:
         return blob.fileno() is not None and blob.has_changed()
-    except OSError:  # the application has closed all descriptors; the mapping stays
+    except ReadError:  # the application has closed all descriptors; the mapping stays
         return False
 
 
@@ -370,4 +399,10 @@ def cannot_open(url: str, layout: Layout | None, error: NativeError) -> LazymemE
         return ReadError(f"{url}: no descriptor is free; raise the limit (ulimit -n)", url=url)
     if error.code == -errno.EAGAIN:
         return ReadError(f"{url}: no thread can be started; raise the limit (ulimit -u)", url=url)
+    if error.code in (-errno.EBADF, -errno.ENOTTY):  # closed; or other files have their numbers
+        return ReadError(
+            f"{url}: cannot be shown in memory: this process has closed descriptors of lazymem; close the "
+            "snapshots that are open, and open them again",
+            url=url,
+        )
     return ReadError(f"{url}: cannot be shown in memory: {error}", url=url)

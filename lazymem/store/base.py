@@ -43,7 +43,10 @@ class Blob(Protocol):
         """Fill `out` with the bytes from `offset`, as `read` does; an error may leave it half written."""
 
     def has_changed(self) -> bool:
-        """Whether the object is known to be another version by now than the one that was opened."""
+        """Whether the object is known to be another version by now than the one that was opened.
+
+        Raises `ReadError` where that cannot be told, because this process has closed the descriptor.
+        """
 
     def fileno(self) -> int | None:
         """A descriptor that pread(2) works on, or None. The blob keeps owning it."""

@@ -72,8 +72,8 @@ class LocalBlob:
             raise ReadError(f"{self._url}: cannot be opened ({error.strerror})", url=self._url) from error
         except ValueError as error:  # a NUL byte in the path
             raise SnapshotNotFound(f"{self._url!r}: is not a path ({error})", url=self._url) from None
-        self._fd = fd
         info = os.fstat(fd)
+        self._fd, self._file = fd, (info.st_dev, info.st_ino)
         if not stat.S_ISREG(info.st_mode):
             self.close()
             advice = "name a file in it" if stat.S_ISDIR(info.st_mode) else "copy its content to one first"
@@ -139,19 +139,39 @@ class LocalBlob:
         )
 
     def has_changed(self) -> bool:
-        return _identity(os.fstat(self.fileno())) != self._identity
+        """Whether it was written to since it was opened.
+
+        Raises `ReadError` if the descriptor does not lead to it any more: numbers are closed and used again
+        by whoever closes "all" descriptors, and what is under them then says nothing of the file.
+        """
+        fd = self.fileno()
+        info = None
+        with contextlib.suppress(OSError):
+            info = os.fstat(fd)
+        if info is None or (info.st_dev, info.st_ino) != self._file:
+            raise ReadError(
+                f"{self._url}: its descriptors were closed by this process, so it cannot be read; open it "
+                "again",
+                url=self._url,
+            )
+        return _identity(info) != self._identity
 
     def fileno(self) -> int:
         if self._fd < 0:
             raise ReadError(f"{self._url}: is closed; open it again", url=self._url)
         return self._fd
 
-    def close(self, _close: Callable[[int], None] = os.close, suppress: Any = contextlib.suppress) -> None:
+    def close(
+        self, _close: Callable[[int], None] = os.close, _stat: Callable[[int], os.stat_result] = os.fstat,
+        suppress: Any = contextlib.suppress,
+    ) -> None:  # fmt: skip
         # Defaults: __del__ may come at interpreter exit, when this module's names are gone already.
         fd, self._fd = self._fd, -1
         if fd >= 0:
             with suppress(OSError):  # the application has closed all descriptors
-                _close(fd)
+                info = _stat(fd)
+                if (info.st_dev, info.st_ino) == self._file:  # else the number is somebody else's by now
+                    _close(fd)
 
     def __enter__(self) -> LocalBlob:
         return self

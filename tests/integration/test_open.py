@@ -461,6 +461,26 @@ def test_container_saved_over_while_open_is_a_named_error(
                 snap["data"]
 
 
+def test_descriptors_closed_by_the_process_are_not_taken_for_a_change_of_the_file(
+    snapshot_path: Path,
+) -> None:
+    """Neither where nothing is under their numbers, nor where something else is."""
+    code = """
+        import os, sys, lazymem
+        for again in (False, True):
+            snap = lazymem.open(sys.argv[1], backend="sigsegv", readahead=0)
+            os.closerange(3, 64)
+            for _ in range(60 if again else 0):
+                os.open("/dev/zero", os.O_RDONLY)
+            try:
+                snap.prefetch("layer.3.weight", wait=True)
+            except lazymem.ReadError as error:
+                print(error.array, "closed by this process" in str(error), "verify" in str(error))
+            snap.close()
+        """
+    assert check_child(code, snapshot_path) == "layer.3.weight True False\n" * 2
+
+
 @pytest.mark.needs_mapping
 def test_mapping_outlives_its_descriptors(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.arange(9))

@@ -393,3 +393,23 @@ def test_atomic_file_refused_by_the_system_says_why(
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(error, match=says):
         AtomicFile(tmp_path / "out")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_closed_descriptor_is_neither_a_change_nor_closed_twice(tmp_path: Path, again: bool) -> None:
+    path, other = tmp_path / "x", tmp_path / "other"
+    path.write_bytes(b"bytes")
+    other.write_bytes(b"other")
+    blob = LocalBlob(path)
+    number = blob.fileno()
+    with other.open("rb") as file:
+        if again:
+            os.dup2(file.fileno(), number)
+        else:
+            os.close(number)
+        with pytest.raises(ReadError, match="closed by this process"):
+            blob.has_changed()
+        blob.close()
+        if again:
+            assert os.pread(number, 5, 0) == b"other"
+            os.close(number)
