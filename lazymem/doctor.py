@@ -204,6 +204,7 @@ def _limits() -> tuple[Fact, ...]:
     space = resource.getrlimit(resource.RLIMIT_AS)[0]
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     threads = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    file = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     overcommit = read("/proc/sys/vm/overcommit_memory")
     return (
         Fact(
@@ -212,6 +213,11 @@ def _limits() -> tuple[Fact, ...]:
             "" if space == resource.RLIM_INFINITY else "bytes; larger snapshots cannot be opened",
         ),
         Fact("descriptors (ulimit -n)", _amount(files), "an open snapshot takes two" if files < 4096 else ""),
+        Fact(
+            "file size (ulimit -f)",
+            _amount(file),
+            "" if file == resource.RLIM_INFINITY else "bytes; backend sigsegv shows no larger snapshot",
+        ),
         Fact("processes (ulimit -u)", _amount(threads), "threads count" if 0 <= threads < 1024 else ""),
         Fact("vm.max_map_count", read("/proc/sys/vm/max_map_count") or "unknown"),
         Fact(

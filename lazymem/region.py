@@ -38,6 +38,8 @@ logger = logging.getLogger("lazymem")
 #: Bytes to run ahead of a sequential scan of a remote object.
 _REMOTE_READAHEAD: Final = 32 * MIB
 
+#: Codes that say that a way is not to be had, so that "auto" goes on to the next one. Not among them is what
+#: every way needs: memory, descriptors, threads. The next one would lack it too, and "eager" most of all.
 _REFUSALS: Final = {
     -number
     for number in (
@@ -49,6 +51,10 @@ _REFUSALS: Final = {
         errno.ENXIO,
         errno.EINVAL,
         errno.EOPNOTSUPP,
+        errno.EFBIG,  # of the memfd that "sigsegv" lays chunks into, which counts as a file
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EBUSY,
     )
 } | {_native.E_FEATURE}
 
@@ -171,13 +177,11 @@ class Region(Memory):
                     ) from error
                 if error.code not in _REFUSALS:
                     raise cannot_open(url, layout, error) from error
-                refusals.append(str(error))
+                refusals.append(f"{backend}: {_why(error)}")
                 logger.info("%s: backend %s is not to be had: %s", url, backend, error)
-        why = ways.refusal(options.backend) or f"{', '.join(refusals)}; `lazymem doctor` says more"
-        raise BackendUnavailable(
-            f"{url}: backend {options.backend!r} is not to be had here: {why}. backend='auto' takes the best "
-            "that there is"
-        )
+        why = ways.refusal(options.backend) or f"{'; '.join(refusals)}; `lazymem doctor` says more"
+        advice = "" if options.backend == "auto" else ". backend='auto' takes the best that there is"
+        raise BackendUnavailable(f"{url}: backend {options.backend!r} is not to be had here: {why}{advice}")
 
     # ---- lifetime ----
 
@@ -230,6 +234,12 @@ def _strips(layout: Layout) -> dict[str, Any]:
         "stock_chunk_size": stock.chunk_size,
         "stock_runs": stock.runs.tobytes(),
     }
+
+
+def _why(refused: NativeError) -> str:
+    if refused.code == -errno.EFBIG:
+        return f"{refused}: what it shows chunks from counts as a file, so raise the limit (ulimit -f)"
+    return str(refused)
 
 
 def _descriptor(blob: Blob) -> int:

@@ -176,4 +176,6 @@ def _why_no_signals(number: int) -> str:
         return "only x86-64 and arm64 tell what a touch was"
     if number == errno.ENOSYS:
         return "memfd_create(2) is not to be had, or a sandbox answers for the kernel"
+    if number == errno.EFBIG:
+        return "memory of memfd_create(2) counts as a file; raise the limit of file sizes (ulimit -f)"
     return "memfd_create(2) or mmap(2) of it is refused"

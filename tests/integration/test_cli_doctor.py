@@ -100,6 +100,26 @@ def test_doctor_prints_the_whole_story_under_a_seccomp_filter(snapshot: str) -> 
     assert "\x1b" not in text
 
 
+@needs_bpf
+def test_auto_reads_at_open_where_the_way_by_signals_lacks_room_for_its_file(snapshot: str) -> None:
+    """`ulimit -f` counts memory of memfd_create(2), which only that way needs."""
+    code = """
+import resource, lazymem, lazymem.doctor, numpy as np
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+snap = lazymem.open(SNAPSHOT)
+print(snap.backend, bool((snap["x"] == np.arange(300_000)).all()))
+try:
+    lazymem.open(SNAPSHOT, backend="sigsegv")
+except lazymem.BackendUnavailable as error:
+    print("ulimit -f" in str(error), "File too large" in str(error), SNAPSHOT in str(error))
+print([fact.value for fact in lazymem.doctor.examine().limits if "ulimit -f" in fact.name])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 200_000))
+print("ulimit -f" in lazymem.doctor.examine().reason)
+"""
+    said = child(REFUSE, code, snapshot=snapshot)
+    assert said == "eager True\nTrue True True\n['200,000']\nTrue\n"
+
+
 @needs_root
 def test_doctor_of_an_ordinary_user_names_the_one_command(snapshot: str) -> None:
     result = json.loads(child(BECOME_NOBODY, REPORT, snapshot=snapshot))
