@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 from .extents import Extent, extents_of
 from .memory import Lease, find
 
@@ -22,8 +24,13 @@ def populate(what: T) -> T:
     After it system calls work on the memory with every backend, and no touch of it fails, until the
     snapshot or the application gives pages back. Pages the application gave back (`madvise`) come again.
     Blocks with the GIL released; Ctrl-C is noticed. Raises what `Snapshot.prefetch(wait=True)` raises, and
-    `TypeError` for what has no memory to populate.
+    `TypeError` for what has no memory to populate, and for an array of objects, which shows addresses.
     """
+    if isinstance(what, np.ndarray) and what.dtype.hasobject:
+        raise TypeError(
+            "an array of objects shows their addresses, not the memory of what is in it; give what is in it, "
+            "or a list of that"
+        )
     if extents_of(what) is None and not isinstance(what, (Mapping, list, tuple)):
         raise TypeError(
             f"{type(what).__name__} shows no memory; give an array, a tensor, a buffer, or a mapping, list "
@@ -41,9 +48,14 @@ def populate(what: T) -> T:
 
 
 def _all_extents(what: Any) -> Iterator[list[Extent]]:
-    extents = extents_of(what)
-    if extents is not None:
-        yield extents
-    elif isinstance(what, (Mapping, list, tuple)):
-        for value in what.values() if isinstance(what, Mapping) else what:
-            yield from _all_extents(value)
+    """Of whatever it holds, at any depth; of what holds itself, once."""
+    seen: dict[int, Any] = {}  # the objects too: what a mapping makes anew might get the number of a dead one
+    waiting = [what]
+    while waiting:
+        each = waiting.pop()
+        extents = extents_of(each)
+        if extents is not None:
+            yield extents
+        elif isinstance(each, (Mapping, list, tuple)) and id(each) not in seen:
+            seen[id(each)] = each
+            waiting += each.values() if isinstance(each, Mapping) else each

@@ -62,16 +62,40 @@ assert set(states(snap, "layer.7.weight")) == {2}
 own = np.arange(5)
 assert lazymem.populate(own) is own
 assert lazymem.populate(b"bytes") == b"bytes"
-for wrong in (3, "text", None, object()):
+objects = np.empty(1, object)
+objects[0] = snap["layer.6.weight"]
+for wrong in (3, "text", None, object(), objects):
     try:
         lazymem.populate(wrong)
     except TypeError as error:
-        assert "shows no memory" in str(error)
+        assert "shows no memory" in str(error) or "array of objects" in str(error)
     else:
         raise AssertionError(wrong)
 """
     )
     check_child(code, snapshot_path, backend, tmp_path / "out")
+
+
+def test_populate_takes_what_holds_itself_and_what_is_nested_deeply(snapshot_path: Path) -> None:
+    code = (
+        COMMON
+        + """
+snap = opened()
+itself = {"array": snap["layer.1.weight"]}
+itself["itself"] = [itself, (itself,)]
+assert lazymem.populate(itself) is itself
+assert set(states(snap, "layer.1.weight")) == {2}
+assert 0 in states(snap, "layer.2.weight")
+deep = snap["layer.2.weight"]
+for _ in range(20_000):
+    deep = [deep]
+lazymem.populate(deep)
+assert set(states(snap, "layer.2.weight")) == {2}
+while isinstance(deep, list):  # what Python would take apart by recursion
+    deep = deep.pop()
+"""
+    )
+    check_child(code, snapshot_path, "uffd-user")
 
 
 @pytest.mark.parametrize("backend", ["uffd", "uffd-user", "sigsegv"])
