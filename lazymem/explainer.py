@@ -23,8 +23,8 @@ from .memory import Lease, find, leases
 _MOST: Final = 5
 
 _POPULATES: Final = (
-    "Populate it first: hand the system call lazymem.populate(array), which returns the array, or call "
-    "snapshot.prefetch([...], wait=True) before."
+    "Populate it first: hand the system call, or the function that ends in one, lazymem.populate(array), "
+    "which returns the array, or the dict or list of arrays; or snapshot.prefetch([...], wait=True) before."
 )
 _BETTER: Final = (
     "With full userfaultfd nothing has to be populated first; `lazymem doctor` says what gives it to this "
@@ -184,7 +184,10 @@ def _of_error(error: BaseException) -> Iterator[str]:
 
 
 def _may_be_ours(error: BaseException) -> bool:
-    """EFAULT; or what numpy says when C's stdio has met it in tofile: no errno, two numbers."""
+    """EFAULT, by number or, as Rust has libraries say it (safetensors), in words; or what numpy says when C's
+    stdio has met it in tofile: no errno, two numbers."""
+    if f"os error {errno.EFAULT}" in str(error):
+        return True
     if not isinstance(error, OSError):
         return isinstance(error, (RuntimeError, EOFError)) and "write" in str(error)  # torch.save
     return error.errno == errno.EFAULT or (error.errno is None and "requested and" in str(error))

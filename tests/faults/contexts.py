@@ -24,6 +24,7 @@ import struct
 import sys
 import threading
 import traceback
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -315,6 +316,23 @@ class Checks:
 
     def touched_by_zlib_compress(self, a: Array, wanted: bytes) -> None:
         same(zlib.decompress(zlib.compress(a, 1)), wanted)
+
+    def touched_by_np_savez(self, a: Array, wanted: bytes) -> None:
+        path = self.folder / "arrays.npz"
+        np.savez(path, a=a)
+        same(np.load(path)["a"].tobytes(), wanted)
+
+    def touched_by_zipfile(self, a: Array, wanted: bytes) -> None:
+        path = self.folder / "archive.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a", a.data)
+        with zipfile.ZipFile(path) as archive:
+            same(archive.read("a"), wanted)
+
+    def touched_by_older_pickle_protocols(self, a: Array, wanted: bytes) -> None:
+        with open(self.folder / "file", "wb") as file:
+            pickle.dump(a, file, protocol=4)
+        same(pickle.loads(self._content()), wanted)
 
     def touched_by_ctypes_memmove(self, a: Array, wanted: bytes) -> None:
         own = ctypes.create_string_buffer(a.nbytes)

@@ -206,6 +206,20 @@ said = failure(lambda: weight.tofile(sys.argv[3]))
 assert "Variable 'weight'" in said, said
 assert "array 'layer.1.weight'" in said, said
 
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+tensors, saved = {"x": snap["layer.2.weight"]}, sys.argv[3] + ".safetensors"
+try:
+    save_file(tensors, saved)  # what is larger than its buffer of a MiB it hands to the kernel as it is
+except SafetensorError as error:
+    said = lazymem.explain(error)
+    assert "array 'layer.2.weight'" in said, said
+    assert "lazymem.populate(array)" in said, said
+else:
+    raise AssertionError
+save_file(lazymem.populate(tensors), saved)
+assert lazymem.open_array(saved, "x").tobytes() == expected["layer.2.weight"].tobytes()
+
 said = failure(lambda: os.pwrite(out, snap["small.3"], 0))  # no variable shows it
 assert "Open in this process: 1" in said, said
 assert "lazymem.populate(array)" in said, said
