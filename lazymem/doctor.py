@@ -179,10 +179,18 @@ def _cannot(backend: str, operations: Sequence[str]) -> tuple[str, ...]:
     if backend in ("uffd-user", "sigsegv"):
         found.append(
             "serve touches from inside the kernel: write(2), send(2) or O_DIRECT from memory that nothing "
-            "has touched yet fails with EFAULT (Bad address). prefetch() such arrays first."
+            "has touched yet fails with EFAULT (Bad address), and so do functions that end in one, such as "
+            "pickle.dump and safetensors' save_file. lazymem.populate() such arrays first."
         )
     if backend == "sigsegv":
-        found.append("serve a thread that blocks SIGSEGV or SIGBUS: the kernel ends the process there.")
+        found += [
+            "serve a thread that blocks SIGSEGV or SIGBUS: the kernel ends the process there.",
+            "take touches after another handler of SIGSEGV or SIGBUS was installed over its own "
+            "(faulthandler.enable, signal.signal), before the next open() or prefetch(): the process ends "
+            "there, or the touch never returns. Enable faulthandler before open().",
+            "follow munmap, mremap or mmap over a part of lazy memory: prefetch() and close() take the whole "
+            "range for theirs.",
+        ]
         return tuple(found)
     if "poison" not in operations:
         found.append(

@@ -93,7 +93,8 @@ class OpenOptions:
     mode: "r" (writing is an error) or "c" (copy-on-write: private, never written back).
     backend: "auto"; "uffd" (userfaultfd, kernel-context faults too); "uffd-user" (userfaultfd,
         user-mode faults only); "sigsegv" (protected pages, where userfaultfd is refused; user-mode
-        touches only); "map" (plain file mapping, uncompressed local files only);
+        touches only, by handlers of SIGSEGV and SIGBUS: install others, such as faulthandler's, before);
+        "map" (plain file mapping, uncompressed local files only);
         "eager" (read everything at open).
     install: "auto", "copy" (UFFDIO_COPY) or "move" (UFFDIO_MOVE of whole huge pages).
     threads: resolver threads, or None for one per processor (2 to 8). Decided by the first

@@ -37,6 +37,8 @@ ENDS: dict[str, tuple[int, list[str]]] = {
     "real_fault": (SEGV, ["7\n"]),
     "real_fault_under_faulthandler": (SEGV, ["7\n", "Segmentation fault", "do_real_fault"]),
     "real_fault_under_a_later_faulthandler": (SEGV, ["1\n", "Segmentation fault", "do_real_fault"]),
+    "touch_under_a_later_faulthandler": (SEGV, ["7\n", "Segmentation fault", "do_touch"]),
+    "touches_after_later_handlers_and_another_open": (0, ["[] []\n"]),
     "real_fault_after_close": (SEGV, ["closed\n", "Segmentation fault", "do_real_fault"]),
     "write_to_read_only_memory": (SEGV, ["7\n"]),
     "write_to_untouched_read_only_memory": (SEGV, []),

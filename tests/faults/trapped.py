@@ -240,6 +240,21 @@ def do_real_fault_under_a_later_faulthandler() -> None:
     ctypes.string_at(8)
 
 
+def do_touch_under_a_later_faulthandler() -> None:
+    snap = opened()
+    tell(int(snap["ids"][7]))
+    faulthandler.enable()
+    float(snap["layer.1.weight"][0, 0])
+
+
+def do_touches_after_later_handlers_and_another_open() -> None:
+    snap = opened()
+    for number in (signal.SIGSEGV, signal.SIGBUS):
+        signal.signal(number, lambda *_: None)
+    other = opened()
+    tell(wrong(snap), wrong(other))
+
+
 def do_real_fault_after_close() -> None:
     faulthandler.enable()
     opened().close()

@@ -88,6 +88,7 @@ def test_doctor_under_a_seccomp_filter_says_sigsegv_and_so_opens_with_right_byte
     assert {way["errno"] for way in report["ways"][:3]} <= {"EPERM", "EACCES", "ENOENT"}
     assert "seccomp" in report["change"]["command"] or "userfaultfd" in report["change"]["command"]
     assert any("EFAULT" in text for text in report["cannot"])
+    assert any("faulthandler" in text and "before open()" in text for text in report["cannot"])
     assert {"name": "seccomp filter", "value": "yes", "remark": "may hide system calls"} in report["machine"]
 
 
