@@ -66,7 +66,7 @@ static int read_local(struct lm_region *region, const lm_chunk_record *record, u
     if (error == 0)
         add(&region->counters.bytes_read, length);
     add(&region->counters.read_ns, lm_sys_now_ns() - time);
-    return error == 0 ? lm_region_check_source(region, record) : error;
+    return lm_region_check_source(region, record, error);
 }
 
 static int decode(struct lm_worker *worker, struct lm_region *region, const lm_chunk_record *record,

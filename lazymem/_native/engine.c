@@ -610,17 +610,33 @@ static int open_poller(void)
     return lm_sys_watch(engine->poller, engine->bell, EPOLLIN, LM_BELL);
 }
 
-static void close_descriptors(void)
+/* The application may have closed all descriptors, and opened its own under their numbers. */
+static bool has_its_descriptors(void)
 {
     int i;
 
+    if (engine->poller < 0 || engine->bell < 0)
+        return true; /* never had them all */
+    if (!lm_sys_is_watched(engine->poller, engine->bell, EPOLLIN, LM_BELL))
+        return false;
+    for (i = 0; i < LM_UFFD_COUNT; i++)
+        if (engine->uffds[i].fd >= 0 && !lm_uffd_is_one(engine->uffds[i].fd))
+            return false;
+    return true;
+}
+
+static void close_descriptors(void)
+{
+    bool ours = !engine->lost && has_its_descriptors();
+    int i;
+
     for (i = 0; i < LM_UFFD_COUNT; i++) {
-        if (!engine->lost) /* else the numbers may be the application's by now */
+        if (ours)
             lm_sys_close(engine->uffds[i].fd);
         engine->uffds[i].fd = -1;
         engine->uffds[i].kept = false;
     }
-    if (!engine->lost) {
+    if (ours) {
         lm_sys_close(engine->bell);
         lm_sys_close(engine->poller);
     }
@@ -1001,6 +1017,8 @@ static void before_fork(void)
     bool unsettled;
 
     pthread_mutex_lock(&engine->lifecycle);
+    if (!engine->lost && !has_its_descriptors()) /* the child would close what is the application's by now */
+        lm_engine_note_lost();
     /* Whoever is in the middle of recording an event is done then: its sender may be the one that forks. */
     pthread_mutex_lock(&engine->lock);
     unsettled = lm_places_unsettled_locked();
@@ -1035,9 +1053,13 @@ static void revive_region(struct lm_region *region, const int *errors, int error
     region->tasks = region->calls = region->touching = 0; /* not its errors: what failed heals here, too */
     region->closing = region->leaving = false; /* whoever was closing it is not here */
     memset(region->ahead, 0, sizeof region->ahead);
-    if (region->pages == &lm_pages_uffd && engine->lost)
-        return;
-    error = region->pages->revive(region, region->pages == &lm_pages_uffd ? errors[region->uffd] : error);
+    if (region->pages == &lm_pages_uffd && engine->lost) {
+        error = -EBADF; /* and the parent's keepers may not have come to it before the fork */
+        if (atomic_load(&region->lost))
+            return;
+    } else {
+        error = region->pages->revive(region, region->pages == &lm_pages_uffd ? errors[region->uffd] : error);
+    }
     if (error < 0) {
         pthread_mutex_lock(&engine->lock);
         lose_region(region, -1, "after fork, in the child", error);

@@ -81,6 +81,7 @@ struct lm_region {
 
     bool remote; /* `sources` are used, and not `fds` */
     int *fds;
+    struct lm_sys_file *files; /* what they led to */
     uint32_t *sources;
     uint64_t *source_sizes;
     int64_t *written_ns; /* of local sources, when they were opened */
@@ -200,8 +201,9 @@ void lm_engine_unlock_settled(void);
 /* An ioctl or read found that the application has closed our descriptors. */
 void lm_engine_note_lost(void);
 
-/* Of bytes that no checksum guards: LM_E_CHANGED if their file was written to since it was opened. */
-int lm_region_check_source(const struct lm_region *region, const lm_chunk_record *record);
+/* Of stored bytes that were read from a file, `error` being how that or their check went: -EBADF if the number
+ * leads to another file now. LM_E_CHANGED if no checksum guards them, and it was written to since it was opened. */
+int lm_region_check_source(const struct lm_region *region, const lm_chunk_record *record, int error);
 
 /* populate.c: one chunk, from its source into the region; returns 0 or why it failed. */
 int lm_populate(struct lm_worker *worker, const struct lm_task *task);

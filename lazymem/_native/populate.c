@@ -60,7 +60,7 @@ static int read_stored(struct lm_region *region, const lm_chunk_record *record, 
     add(&region->counters.reads, 1);
     if (error == 0)
         add(&region->counters.bytes_read, record->stored_length);
-    return error == 0 ? lm_region_check_source(region, record) : error;
+    return lm_region_check_source(region, record, error);
 }
 
 /* The chunk's bytes at `target`, zeros after the end of the content; or at *ret_bytes, where they came as
@@ -93,6 +93,8 @@ static int produce(struct lm_worker *worker, const struct lm_task *task, unsigne
     }
     if (error == 0)
         error = lm_codec_check(record, stored);
+    if (error < 0 && task->stored == NULL)
+        error = lm_region_check_source(region, record, error);
     time = lap(&region->counters.check_ns, time);
     if (error == 0 && is_plain && task->stored != NULL && record->stored_length == chunk_size &&
         region->backend != LM_BACKEND_EAGER) {

@@ -91,6 +91,7 @@ static struct lm_region *lay_out(struct arena *arena, const lm_region_spec *spec
     into->strips = carve_copy(arena, spec->strips, (size_t)spec->strip_count * sizeof *into->strips);
     into->fds = carve(arena, sources * sizeof *into->fds);
     into->sources = carve(arena, sources * sizeof *into->sources);
+    into->files = carve(arena, sources * sizeof *into->files);
     into->written_ns = carve(arena, sources * sizeof *into->written_ns);
     into->source_sizes = carve_copy(arena, spec->source_sizes, sources * sizeof *into->source_sizes);
     into->url = carve_copy(arena, spec->url, strlen(spec->url) + 1);
@@ -137,7 +138,7 @@ static void give_back(struct lm_region *region)
     for (i = 0; i < region->source_count; i++) {
         if (region->remote)
             lm_source_close(region->sources[i]);
-        else
+        else if (lm_sys_is_same(region->fds[i], &region->files[i]))
             lm_sys_close(region->fds[i]);
     }
     region->source_count = 0;
@@ -250,7 +251,7 @@ static int keep_remote_sources(struct lm_region *region, const lm_region_spec *s
 
 static int duplicate_sources(struct lm_region *region, const lm_region_spec *spec)
 {
-    int i;
+    int i, error;
 
     if (spec->source_count > 0 && spec->fds[0] < 0)
         return keep_remote_sources(region, spec);
@@ -261,18 +262,23 @@ static int duplicate_sources(struct lm_region *region, const lm_region_spec *spe
             return fd;
         region->fds[region->source_count] = fd;
         region->written_ns[region->source_count] = lm_sys_written_ns(fd);
-        if (region->written_ns[region->source_count++] < 0)
-            return (int)region->written_ns[i];
+        error = lm_sys_identify(fd, &region->files[region->source_count++]);
+        if (error < 0)
+            return error;
     }
     return 0;
 }
 
-int lm_region_check_source(const struct lm_region *region, const lm_chunk_record *record)
+int lm_region_check_source(const struct lm_region *region, const lm_chunk_record *record, int error)
 {
     int64_t written_ns;
 
-    if (!(record->flags & LM_CHUNK_UNCHECKED))
+    if (error == 0 && !(record->flags & LM_CHUNK_UNCHECKED))
         return 0;
+    if (!lm_sys_is_same(region->fds[record->source], &region->files[record->source]))
+        return -EBADF;
+    if (error < 0)
+        return error;
     written_ns = lm_sys_written_ns(region->fds[record->source]);
     if (written_ns < 0)
         return (int)written_ns;

@@ -23,7 +23,7 @@ static const char *cause(int code, char *buffer, size_t length)
     case LM_E_STORE: return "the store did not deliver the bytes";
     case LM_E_GONE: return "nothing lies under the URL any more";
     case LM_E_DENIED: return "the store refuses access";
-    case LM_E_CHANGED: return "the object was replaced after it was opened";
+    case LM_E_CHANGED: return "it was replaced or written to after it was opened";
     case LM_E_LOST: return "its memory cannot be served any more";
     case -EBADF: return "the application has closed descriptors of lazymem";
     case LM_E_FETCHER: return "the fetcher does not answer";
@@ -32,6 +32,12 @@ static const char *cause(int code, char *buffer, size_t length)
         snprintf(buffer, length, "errno %d (%s)", -code, strerrordesc_np(-code));
         return buffer;
     }
+}
+
+/* Of the stored bytes: then others may be damaged, too. */
+static bool is_damage(int code)
+{
+    return code == LM_E_SHORT || code == LM_E_CHECKSUM || code == LM_E_DECODE || code == LM_E_RECORD;
 }
 
 /* One line, whatever a path or an array's name is made of: control characters become '?'. */
@@ -91,7 +97,7 @@ void lm_report_failed_touch(const struct lm_region *region, uint64_t chunk, int 
                       region->url, (unsigned long long)chunk, name, (unsigned long long)start,
                       (unsigned long long)end - 1,
                       said != NULL && said[0] != '\0' ? without_url(region, said) : cause(code, text, sizeof text),
-                      said != NULL && said[0] != '\0' ? "" : "; `lazymem verify` lists all bad chunks");
+                      is_damage(code) ? "; `lazymem verify` lists all bad chunks" : "");
     print(line, length, sizeof line);
 }
 

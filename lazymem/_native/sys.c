@@ -6,13 +6,14 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/futex.h>
-#include <poll.h>
 #include <sched.h>
 #include <signal.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/select.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -146,6 +147,28 @@ int lm_sys_identify(int fd, struct lm_sys_file *ret_file)
     return 0;
 }
 
+bool lm_sys_is_same(int fd, const struct lm_sys_file *file)
+{
+    struct lm_sys_file now;
+
+    return lm_sys_identify(fd, &now) == 0 && now.device == file->device && now.inode == file->inode;
+}
+
+/* Where a process begins without its standard descriptors, what is opened gets their numbers, and what anybody
+ * prints would be written to it. */
+int lm_sys_above_standard(int fd)
+{
+    int copy;
+
+    if (fd < 0)
+        return -errno;
+    if (fd > STDERR_FILENO)
+        return fd;
+    copy = lm_sys_dup(fd);
+    lm_sys_close(fd);
+    return copy;
+}
+
 int lm_sys_dup(int fd)
 {
     int copy = fcntl(fd, F_DUPFD_CLOEXEC, 3);
@@ -161,16 +184,12 @@ void lm_sys_close(int fd)
 
 int lm_sys_open(const char *path, int flags)
 {
-    int fd = open(path, flags | O_CLOEXEC);
-
-    return fd < 0 ? -errno : fd;
+    return lm_sys_above_standard(open(path, flags | O_CLOEXEC));
 }
 
 int lm_sys_userfaultfd(int flags)
 {
-    long fd = syscall(SYS_userfaultfd, flags | O_CLOEXEC | O_NONBLOCK);
-
-    return fd < 0 ? -errno : (int)fd;
+    return lm_sys_above_standard((int)syscall(SYS_userfaultfd, flags | O_CLOEXEC | O_NONBLOCK));
 }
 
 int lm_sys_read(int fd, void *buffer, size_t length)
@@ -277,10 +296,10 @@ int lm_sys_grow_buffer(void **memory, size_t *length, size_t wanted)
 
 int lm_sys_shared_memory(size_t length)
 {
-    int fd = memfd_create("lazymem", MFD_CLOEXEC | MFD_ALLOW_SEALING), error;
+    int fd = lm_sys_above_standard(memfd_create("lazymem", MFD_CLOEXEC | MFD_ALLOW_SEALING)), error;
 
     if (fd < 0)
-        return -errno;
+        return fd;
     /* Sealed: were it cut short by the other side, touching it would raise SIGBUS here. */
     if (ftruncate(fd, (off_t)length) == 0 &&
         fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0)
@@ -336,9 +355,7 @@ int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages)
 
 int lm_sys_poller(void)
 {
-    int fd = epoll_create1(EPOLL_CLOEXEC);
-
-    return fd < 0 ? -errno : fd;
+    return lm_sys_above_standard(epoll_create1(EPOLL_CLOEXEC));
 }
 
 int lm_sys_watch(int poller, int fd, uint32_t events, uint32_t tag)
@@ -346,6 +363,13 @@ int lm_sys_watch(int poller, int fd, uint32_t events, uint32_t tag)
     struct epoll_event event = { .events = events, .data.u32 = tag };
 
     return epoll_ctl(poller, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
+}
+
+bool lm_sys_is_watched(int poller, int fd, uint32_t events, uint32_t tag)
+{
+    struct epoll_event event = { .events = events, .data.u32 = tag };
+
+    return epoll_ctl(poller, EPOLL_CTL_MOD, fd, &event) == 0;
 }
 
 int lm_sys_await(int poller, uint32_t *ret_tag)
@@ -361,9 +385,7 @@ int lm_sys_await(int poller, uint32_t *ret_tag)
 
 int lm_sys_bell(void)
 {
-    int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE);
-
-    return fd < 0 ? -errno : fd;
+    return lm_sys_above_standard(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE));
 }
 
 void lm_sys_ring(int bell, unsigned times)
@@ -376,7 +398,19 @@ void lm_sys_ring(int bell, unsigned times)
 
 int lm_sys_socket_pair(int ret_pair[2])
 {
-    return socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ret_pair) < 0 ? -errno : 0;
+    int pair[2], i;
+
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
+        return -errno;
+    for (i = 0; i < 2; i++)
+        pair[i] = lm_sys_above_standard(pair[i]);
+    if (pair[0] < 0 || pair[1] < 0) {
+        lm_sys_close(pair[0]);
+        lm_sys_close(pair[1]);
+        return pair[0] < 0 ? pair[0] : pair[1];
+    }
+    memcpy(ret_pair, pair, sizeof pair);
+    return 0;
 }
 
 int lm_sys_send(int socket, const void *head, size_t head_length, const void *rest, size_t rest_length)
@@ -429,16 +463,20 @@ int lm_sys_isolate_descriptor(int keep)
 
 void lm_sys_write_patiently(int fd, const char *text, size_t length)
 {
-    struct pollfd writable = { .fd = fd, .events = POLLOUT };
     uint64_t until = lm_sys_now_ns() + 100000000u;
 
     while (length > 0 && lm_sys_now_ns() < until) {
-        int ready = poll(&writable, 1, 100);
+        struct timeval patience = { .tv_usec = 100000 };
+        fd_set writable;
         ssize_t wrote;
+        int ready;
 
+        FD_ZERO(&writable);
+        FD_SET(fd, &writable);
+        ready = select(fd + 1, NULL, &writable, NULL, &patience); /* poll fails where RLIMIT_NOFILE is 0 */
         if (ready < 0 && errno == EINTR)
             continue;
-        if (ready <= 0 || !(writable.revents & POLLOUT))
+        if (ready <= 0)
             return;
         wrote = write(fd, text, length < PIPE_BUF ? length : PIPE_BUF);
         if (wrote < 0 && errno != EINTR && errno != EAGAIN) /* others may write to it, too */

@@ -36,6 +36,10 @@ int64_t lm_sys_written_ns(int fd);
 /* Which file a descriptor leads to: numbers are used again, these are not. */
 struct lm_sys_file { uint64_t device, inode; };
 int lm_sys_identify(int fd, struct lm_sys_file *ret_file);
+/* What open(2) or the like has returned, under a number above those of the standard descriptors. */
+int lm_sys_above_standard(int fd);
+/* Whether the number still leads there: the application may close any, and open others under it. */
+bool lm_sys_is_same(int fd, const struct lm_sys_file *file);
 int lm_sys_dup(int fd); /* close-on-exec */
 void lm_sys_close(int fd);
 int lm_sys_open(const char *path, int flags); /* close-on-exec */
@@ -77,6 +81,8 @@ int lm_sys_resident(void *address, size_t length, unsigned char *ret_pages);
 int lm_sys_poller(void);
 int lm_sys_watch(int poller, int fd, uint32_t events, uint32_t tag);
 /* Blocks, for a second. 1: *ret_tag is ready; 0: nothing is, or a signal came. */
+/* Whether both are the descriptors that lm_sys_watch was called with. */
+bool lm_sys_is_watched(int poller, int fd, uint32_t events, uint32_t tag);
 int lm_sys_await(int poller, uint32_t *ret_tag);
 int lm_sys_bell(void);
 void lm_sys_ring(int bell, unsigned times);

@@ -28,7 +28,7 @@ static int open_descriptor(int way)
         return device;
     fd = lm_sys_ioctl(device, LM_UFFD_IOC_NEW, (void *)(uintptr_t)(O_CLOEXEC | O_NONBLOCK));
     lm_sys_close(device);
-    return fd;
+    return fd < 0 ? fd : lm_sys_above_standard(fd);
 }
 
 int lm_uffd_open(int way, int *ret_fd, uint64_t *ret_features)
@@ -54,9 +54,21 @@ int lm_uffd_open(int way, int *ret_fd, uint64_t *ret_features)
     return 0;
 }
 
+bool lm_uffd_is_one(int fd)
+{
+    static const char somewhere;
+    size_t page = lm_sys_page_size();
+
+    return lm_uffd_wake(fd, (uintptr_t)&somewhere & ~(uintptr_t)(page - 1), page) == 0;
+}
+
 int lm_uffd_read(int fd, struct lm_uffd_message *ret_messages, int capacity)
 {
-    int got = lm_sys_read(fd, ret_messages, (size_t)capacity * sizeof *ret_messages);
+    int got;
+
+    if (!lm_uffd_is_one(fd))
+        return -EBADF;
+    got = lm_sys_read(fd, ret_messages, (size_t)capacity * sizeof *ret_messages);
 
     return got < 0 ? got : (int)((size_t)got / sizeof *ret_messages);
 }

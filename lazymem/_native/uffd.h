@@ -24,6 +24,7 @@
 #ifndef LM_UFFD_H
 #define LM_UFFD_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -69,7 +70,9 @@ struct lm_uffd_message {
 /* Non-blocking and close-on-exec, API agreed, REMAP and UNMAP asked for where the kernel has them. way is
  * LM_WAY_*. */
 int lm_uffd_open(int way, int *ret_fd, uint64_t *ret_features);
-/* Count of messages read, 0 if there is none now, else -errno. */
+/* Whether a userfaultfd is behind the number, and not something else that the application has opened. */
+bool lm_uffd_is_one(int fd);
+/* Count of messages read, 0 if there is none now, else -errno; -EBADF if it is none. */
 int lm_uffd_read(int fd, struct lm_uffd_message *ret_messages, int capacity);
 
 int lm_uffd_register(int fd, uintptr_t start, size_t length, uint64_t *ret_ioctls);
