@@ -598,6 +598,8 @@ static void init_sync(void)
 
 static int open_poller(void)
 {
+    int error;
+
     if (engine->poller >= 0 && engine->bell >= 0)
         return 0;
     if (engine->poller < 0)
@@ -607,7 +609,12 @@ static int open_poller(void)
     engine->bell = lm_sys_bell();
     if (engine->bell < 0)
         return engine->bell;
-    return lm_sys_watch(engine->poller, engine->bell, EPOLLIN, LM_BELL);
+    error = lm_sys_watch(engine->poller, engine->bell, EPOLLIN, LM_BELL);
+    if (error < 0) {
+        lm_sys_close(engine->bell);
+        engine->bell = -1;
+    }
+    return error;
 }
 
 /* The application may have closed all descriptors, and opened its own under their numbers. */

@@ -262,9 +262,14 @@ static int duplicate_sources(struct lm_region *region, const lm_region_spec *spe
             return fd;
         region->fds[region->source_count] = fd;
         region->written_ns[region->source_count] = lm_sys_written_ns(fd);
-        error = lm_sys_identify(fd, &region->files[region->source_count++]);
-        if (error < 0)
+        error = lm_sys_identify(fd, &region->files[region->source_count]);
+        if (error == 0 && region->written_ns[region->source_count] < 0)
+            error = (int)region->written_ns[region->source_count];
+        if (error < 0) {
+            lm_sys_close(fd);
             return error;
+        }
+        region->source_count++;
     }
     return 0;
 }

@@ -150,8 +150,9 @@ int lm_sys_identify(int fd, struct lm_sys_file *ret_file)
 bool lm_sys_is_same(int fd, const struct lm_sys_file *file)
 {
     struct lm_sys_file now;
+    int error = lm_sys_identify(fd, &now);
 
-    return lm_sys_identify(fd, &now) == 0 && now.device == file->device && now.inode == file->inode;
+    return error == 0 ? now.device == file->device && now.inode == file->inode : error != -EBADF;
 }
 
 /* Where a process begins without its standard descriptors, what is opened gets their numbers, and what anybody
@@ -369,7 +370,9 @@ bool lm_sys_is_watched(int poller, int fd, uint32_t events, uint32_t tag)
 {
     struct epoll_event event = { .events = events, .data.u32 = tag };
 
-    return epoll_ctl(poller, EPOLL_CTL_MOD, fd, &event) == 0;
+    /* EPERM: a file that cannot be watched. */
+    return epoll_ctl(poller, EPOLL_CTL_MOD, fd, &event) == 0 ||
+           (errno != EBADF && errno != ENOENT && errno != EINVAL && errno != EPERM);
 }
 
 int lm_sys_await(int poller, uint32_t *ret_tag)

@@ -58,8 +58,9 @@ bool lm_uffd_is_one(int fd)
 {
     static const char somewhere;
     size_t page = lm_sys_page_size();
+    int error = lm_uffd_wake(fd, (uintptr_t)&somewhere & ~(uintptr_t)(page - 1), page);
 
-    return lm_uffd_wake(fd, (uintptr_t)&somewhere & ~(uintptr_t)(page - 1), page) == 0;
+    return error != -EBADF && error != -ENOTTY && error != -EINVAL;
 }
 
 int lm_uffd_read(int fd, struct lm_uffd_message *ret_messages, int capacity)

@@ -11,7 +11,6 @@
 #define FAULTS_H
 
 #include <errno.h>
-#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
@@ -19,7 +18,9 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <string.h>
+#include <poll.h>
 #include <sys/epoll.h>
+#include <sys/select.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -47,6 +48,7 @@
     X(fstat, EIO)                                                                                         \
     X(read, EINTR)                                                                                        \
     X(write, EPIPE, EAGAIN, EINTR)                                                                        \
+    X(select, ENOMEM, EINTR)                                                                              \
     X(poll, ENOMEM, EINTR)                                                                                \
     X(epoll_create1, EMFILE, ENOMEM)                                                                      \
     X(epoll_ctl, ENOMEM, ENOSPC)                                                                          \
@@ -132,6 +134,8 @@ WRAP(int, fstat, CALL_fstat, (int fd, struct stat *out), fd, out)
 WRAP(ssize_t, read, CALL_read, (int fd, void *out, size_t length), fd, out, length)
 WRAP(ssize_t, write, CALL_write, (int fd, const void *from, size_t length), fd, from, length)
 WRAP(int, poll, CALL_poll, (struct pollfd *fds, nfds_t count, int timeout), fds, count, timeout)
+WRAP(int, select, CALL_select, (int count, fd_set *in, fd_set *out, fd_set *other, struct timeval *patience), count, in,
+     out, other, patience)
 WRAP(int, epoll_create1, CALL_epoll_create1, (int flags), flags)
 WRAP(int, epoll_ctl, CALL_epoll_ctl, (int poller, int what, int fd, struct epoll_event *event), poller, what, fd, event)
 WRAP(int, epoll_wait, CALL_epoll_wait, (int poller, struct epoll_event *out, int most, int timeout), poller, out, most, timeout)

@@ -179,7 +179,7 @@ static void on_signal(int number)
 
 static bool stderr_may_fail(void)
 {
-    return plan->call == CALL_poll || plan->call == CALL_write;
+    return plan->call == CALL_select || plan->call == CALL_write;
 }
 
 static void touch(uint64_t at)
@@ -493,7 +493,7 @@ static void start_series(enum call call, int error, bool onward, const struct us
 /* Of a damaged chunk only what follows from that; of others, no call that is not made at all. */
 static bool is_tried(int call, const struct plan *before)
 {
-    if (scenario->damaged && call != CALL_uffd_poison && call != CALL_mprotect && call != CALL_poll &&
+    if (scenario->damaged && call != CALL_uffd_poison && call != CALL_mprotect && call != CALL_select &&
         call != CALL_write)
         return false;
     return before->made[call];

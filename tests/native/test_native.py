@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +30,8 @@ def test_native_program_passes(call: str, sanitizer: str, tmp_path_factory: pyte
     arguments += ["fork"] if sanitizer == "plain" else []
     # die_after_fork: the fetcher is started by clone(CLONE_VM), which TSan takes for a fork.
     # log_path: some tests silence stderr while the core says what they know.
-    tsan = "halt_on_error=1:die_after_fork=0:log_path=stdout"
+    known = Path(__file__).with_name("tsan.supp")
+    tsan = f"halt_on_error=1:die_after_fork=0:log_path=stdout:suppressions={known}"
     env = {**os.environ, "TSAN_OPTIONS": tsan, "ASAN_OPTIONS": "detect_leaks=1:log_path=stdout"}
     done = subprocess.run(
         [str(target), *arguments], capture_output=True, text=True, timeout=300, env=env, check=False
