@@ -11,6 +11,7 @@
 #define FAULTS_H
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
@@ -18,7 +19,6 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <string.h>
-#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/select.h>
 #include <sys/mman.h>
