@@ -76,6 +76,8 @@ class Stats:
     read_, check_, decode_, install_seconds: where the time of populating went.
     moved_chunks: populated by UFFDIO_MOVE. latency: demand faults by time from message to memory;
     bucket b counts those of 2^b to 2^(b+1) nanoseconds.
+    last_fault: the latest of these on the clock of time.perf_counter_ns: when its message was read, when a
+    thread took it up, when its pages were in place. Zeros before the first.
     Plain mappings are served by the kernel, which does not tell: all zero.
     """
 
@@ -93,6 +95,7 @@ class Stats:
     install_seconds: float
     moved_chunks: int
     latency: tuple[int, ...]
+    last_fault: tuple[int, int, int]
 
     def latency_percentile(self, percent: float) -> float:
         """Upper bound, in seconds, of the bucket that holds this percentile; 0.0 without faults."""
@@ -278,6 +281,7 @@ class Memory:
             install_seconds=raw.install_ns / 1e9,
             moved_chunks=raw.moved_chunks,
             latency=tuple(raw.latency),
+            last_fault=(raw.last_read_ns, raw.last_begun_ns, raw.last_installed_ns),
         )
 
     def _translate(self, error: NativeError) -> LazymemError:

@@ -242,7 +242,7 @@ static void run_ahead_locked(struct lm_region *region, uint64_t chunk)
 static bool accept_fault_locked(struct lm_region *region, uint64_t offset, uintptr_t address, uint64_t now,
                                 struct lm_task *ret_task)
 {
-    struct lm_task task = { .region = region, .address = address, .start_ns = now };
+    struct lm_task task = { .region = region, .address = address, .offset = offset, .start_ns = now };
 
     task.chunk = offset >> region->table.chunk_shift;
     atomic_fetch_add_explicit(&region->counters.faults, 1, memory_order_relaxed);

@@ -40,6 +40,7 @@ struct lm_counters {
     _Atomic uint64_t bytes_populated, bytes_read, reads;
     _Atomic uint64_t read_ns, check_ns, decode_ns, install_ns;
     _Atomic uint64_t latency[LM_LATENCY_BUCKETS];
+    _Atomic uint64_t last_read_ns, last_begun_ns, last_installed_ns;
 };
 
 struct lm_extent { uint64_t start, length; }; /* bytes, from the region's base */

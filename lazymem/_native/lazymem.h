@@ -384,6 +384,8 @@ typedef struct {
     uint64_t install_ns;
     uint64_t moved_chunks;     /* of the populated ones, those that went by UFFDIO_MOVE */
     uint64_t latency[32];      /* demand: message read -> pages in place */
+    /* The latest of those, on CLOCK_MONOTONIC: its message read, taken up by a worker, its pages in place. */
+    uint64_t last_read_ns, last_begun_ns, last_installed_ns;
 } lm_stats;
 int lm_region_stats(lm_region *region, lm_stats *ret_stats);
 

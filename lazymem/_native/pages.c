@@ -50,6 +50,8 @@ static int uffd_revive(struct lm_region *region, int error)
 
 const struct lm_pages lm_pages_uffd = {
     .install = uffd_install,
+    .install_part = lm_places_install_part,
+    .wake_part = lm_places_wake_part,
     .wake = uffd_wake,
     .poison = lm_places_poison,
     .was_given_back = uffd_was_given_back,

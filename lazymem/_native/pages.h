@@ -16,6 +16,10 @@ struct lm_pages {
     /* The whole chunk shows `bytes`, or zeros if NULL; no thread sees a part of it that is not final.
      * by_move: the memory of `bytes` may be taken. */
     int (*install)(struct lm_region *region, uint64_t chunk, const unsigned char *bytes, bool by_move);
+    /* A part of a chunk, bytes of the region, that is all to be installed in a moment; and whoever waits for
+     * that part tries again. NULL where it is not worth while. What fails here fails there. */
+    int (*install_part)(struct lm_region *region, uint64_t offset, size_t length, const unsigned char *bytes);
+    void (*wake_part)(struct lm_region *region, uint64_t offset, size_t length);
     /* Whoever waits for a page of the chunk tries again, and learns whether it is poisoned. locked: lock is held. */
     void (*wake)(struct lm_region *region, uint64_t chunk, bool locked);
     /* Have the missing pages of a chunk raise a signal. */

@@ -147,6 +147,13 @@ int lm_places_install(struct lm_region *region, uint64_t chunk, const unsigned c
     return each_until_done(region, install_at, &work);
 }
 
+int lm_places_install_part(struct lm_region *region, uint64_t offset, size_t length, const unsigned char *bytes)
+{
+    struct installation work = { .start = offset, .length = length, .bytes = bytes };
+
+    return each_until_done(region, install_at, &work);
+}
+
 /* Missing pages of the place raise a signal: SIGBUS, or SIGSEGV in all of it for kernels before 6.6. */
 static int poison_at(struct lm_region *region, const struct lm_piece *place, void *context)
 {
@@ -180,9 +187,14 @@ static int wake_at(struct lm_region *region, const struct lm_piece *place, void 
     return 0;
 }
 
+void lm_places_wake_part(struct lm_region *region, uint64_t offset, size_t length)
+{
+    (void)each(region, offset, length, wake_at, NULL);
+}
+
 void lm_places_wake(struct lm_region *region, uint64_t chunk)
 {
-    (void)each(region, start_of(region, chunk), size_of(region), wake_at, NULL);
+    lm_places_wake_part(region, start_of(region, chunk), size_of(region));
 }
 
 void lm_places_wake_locked(struct lm_region *region, uint64_t chunk)

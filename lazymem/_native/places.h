@@ -24,9 +24,11 @@
 
 /* The chunk's bytes, or zeros where bytes is NULL, to every place that shows it; pages that are there stay. */
 int lm_places_install(struct lm_region *region, uint64_t chunk, const unsigned char *bytes, bool by_move);
+int lm_places_install_part(struct lm_region *region, uint64_t offset, size_t length, const unsigned char *bytes);
 /* Have every missing page of the chunk raise a signal in whoever touches it. */
 int lm_places_poison(struct lm_region *region, uint64_t chunk);
 void lm_places_wake(struct lm_region *region, uint64_t chunk);
+void lm_places_wake_part(struct lm_region *region, uint64_t offset, size_t length);
 void lm_places_wake_locked(struct lm_region *region, uint64_t chunk);
 /* Give the chunk's pages at the base back to the kernel. */
 int lm_places_evict(struct lm_region *region, uint64_t chunk);

@@ -16,6 +16,7 @@
 #include "places.h"
 #include "sys.h"
 
+#define LM_EARLY 65536 /* bytes around a touch that are put in place before the rest, in chunks of four times as many */
 #define LM_POISON_ATTEMPTS 100 /* a second; then all of it is tried again, the line included */
 #define LM_FETCH_ATTEMPTS 3 /* to bring bytes that match their checksum; the fetcher's own come on top */
 
@@ -141,20 +142,22 @@ static void settle_failure(const struct lm_task *task, int code, const char *tex
     region->pages->wake(region, chunk, false);
 }
 
-static void count_success(struct lm_region *region, const struct lm_task *task, size_t length)
+static void set(_Atomic uint64_t *counter, uint64_t value)
 {
-    uint64_t waited;
-    int bucket;
+    atomic_store_explicit(counter, value, memory_order_relaxed);
+}
 
-    add(&region->counters.bytes_populated, length);
-    if (task->kind == LM_TASK_PREFETCH) {
-        add(&region->counters.chunks_prefetch, 1);
-        return;
-    }
+/* Before whoever waits is woken, so that it finds its own fault in the counters. begun: when, of lm_sys_now_ns. */
+static void count_fault(struct lm_region *region, const struct lm_task *task, uint64_t begun)
+{
+    uint64_t installed = lm_sys_now_ns();
+    int bucket = 63 - __builtin_clzll((installed - task->start_ns) | 1);
+
     add(&region->counters.chunks_demand, 1);
-    waited = lm_sys_now_ns() - task->start_ns;
-    bucket = 63 - __builtin_clzll(waited | 1);
     add(&region->counters.latency[bucket < LM_LATENCY_BUCKETS ? bucket : LM_LATENCY_BUCKETS - 1], 1);
+    set(&region->counters.last_read_ns, task->start_ns);
+    set(&region->counters.last_begun_ns, begun);
+    set(&region->counters.last_installed_ns, installed);
 }
 
 /* The chunk's bytes, ready to be installed, at *ret_bytes; NULL for zeros. text: as for lm_compose. */
@@ -224,6 +227,22 @@ static bool recheck(const struct lm_task *task)
     return false;
 }
 
+/* Whoever touched the chunk goes on while the rest of it is put in place. True if so. */
+static bool install_early(const struct lm_task *task, const unsigned char *bytes, uint64_t begun)
+{
+    struct lm_region *region = task->region;
+    uint64_t start = task->offset & ~(uint64_t)(LM_EARLY - 1);
+    size_t chunk_size = (size_t)1 << region->table.chunk_shift;
+
+    if (region->pages->install_part == NULL || task->kind != LM_TASK_DEMAND || bytes == NULL ||
+        chunk_size < 4 * LM_EARLY || task->offset >> region->table.chunk_shift != task->chunk ||
+        region->pages->install_part(region, start, LM_EARLY, bytes + (start & (chunk_size - 1))) < 0)
+        return false;
+    count_fault(region, task, begun);
+    region->pages->wake_part(region, start, LM_EARLY);
+    return true;
+}
+
 int lm_populate(struct lm_worker *worker, const struct lm_task *task)
 {
     struct lm_region *region = task->region;
@@ -231,7 +250,8 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
     bool by_move = region->install == LM_INSTALL_MOVE;
     const unsigned char *bytes;
     char text[LM_FETCH_TEXT] = "";
-    uint64_t time;
+    uint64_t begun = lm_sys_now_ns(), time;
+    bool early;
     int error;
 
     if (task->kind == LM_TASK_RECHECK) {
@@ -252,15 +272,20 @@ int lm_populate(struct lm_worker *worker, const struct lm_task *task)
         return error;
     }
     time = lm_sys_now_ns();
-    if (error == 0) /* bytes in the memory shared with the fetcher stay there: only copied */
-        error = region->pages->install(region, task->chunk, bytes, by_move && bytes == worker->plain);
+    by_move = by_move && bytes == worker->plain; /* bytes in the memory shared with the fetcher stay there */
+    early = error == 0 && !by_move && install_early(task, bytes, begun);
+    if (error == 0)
+        error = region->pages->install(region, task->chunk, bytes, by_move);
     if (error < 0) {
         settle_failure(task, error, task->range != NULL && task->error != 0 ? task->range->text : text);
         return error;
     }
-    /* Counted first, so that whoever is woken finds its own fault in the counters. */
     (void)lap(&region->counters.install_ns, time);
-    count_success(region, task, chunk_size);
+    add(&region->counters.bytes_populated, chunk_size);
+    if (task->kind == LM_TASK_PREFETCH)
+        add(&region->counters.chunks_prefetch, 1);
+    else if (!early)
+        count_fault(region, task, begun);
     lm_table_publish(&region->table, task->chunk, LM_STATE_PRESENT);
     region->pages->wake(region, task->chunk, false);
     return 0;

@@ -22,6 +22,7 @@ struct lm_task {
     struct lm_region *region;
     uint64_t chunk;
     uint64_t address;  /* RECHECK: the page */
+    uint64_t offset;   /* DEMAND: of the byte that was touched, in the region; of no use outside of the chunk */
     uint64_t start_ns; /* when its message was read */
     enum lm_task_kind kind;
     /* Of a remote chunk: how often its bytes came and were wrong. Once delivered: its range, and the

@@ -704,6 +704,9 @@ int lm_region_stats(lm_region *region, lm_stats *ret_stats)
         .decode_ns = atomic_load(&from->decode_ns),
         .install_ns = atomic_load(&from->install_ns),
         .moved_chunks = atomic_load(&from->moved_chunks),
+        .last_read_ns = atomic_load(&from->last_read_ns),
+        .last_begun_ns = atomic_load(&from->last_begun_ns),
+        .last_installed_ns = atomic_load(&from->last_installed_ns),
     };
     for (i = 0; i < LM_LATENCY_BUCKETS; i++)
         ret_stats->latency[i] = atomic_load(&from->latency[i]);
