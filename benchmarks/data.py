@@ -72,6 +72,15 @@ def files_of(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
+def _evict(file: Path) -> None:
+    """Have the page cache read it anew: how it was written decides how large the cache's pieces are, and
+    mapping a file in small ones takes twice as long as in large ones.
+    """
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 @dataclass
 class Data:
     """The folder of prepared files; methods return paths and make what is missing."""
@@ -88,6 +97,8 @@ class Data:
             self.say(f"making {name}")
             unfinished = self.folder / f"unfinished-{os.getpid()}-{name}"
             in_child(lambda: make(unfinished), deadline=600)
+            for file in files_of(unfinished):
+                _evict(file)
             unfinished.rename(path)
         return path
 
