@@ -200,12 +200,13 @@ static struct lm_scan *scan_of_locked(struct lm_region *region, uint64_t chunk)
         if (scan->used < oldest->used)
             oldest = scan;
     }
-    *oldest = (struct lm_scan) { .last = chunk, .end = chunk + 1 };
+    *oldest = (struct lm_scan) { .first = chunk, .last = chunk, .end = chunk + 1 };
     return oldest;
 }
 
 /* A thread that reads one page after the next gets the following chunks beforehand: at most as many as
- * it has already gone through, never past the end of the array that it reads. */
+ * it has already gone through, so that what is read in vain is never more than what was asked for; and never
+ * past the end of the array that it reads. */
 static void run_ahead_locked(struct lm_region *region, uint64_t chunk)
 {
     struct lm_scan *scan;
@@ -224,6 +225,8 @@ static void run_ahead_locked(struct lm_region *region, uint64_t chunk)
     if (start > chunk + 1 + scan->window / 2)
         return; /* enough is under way */
     scan->window = scan->window == 0 ? 1 : 2 * scan->window;
+    if (scan->window > chunk - scan->first + 1)
+        scan->window = chunk - scan->first + 1;
     if (scan->window > region->readahead)
         scan->window = region->readahead;
     limit = lm_region_array_end(region, chunk);

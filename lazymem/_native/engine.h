@@ -47,7 +47,7 @@ struct lm_extent { uint64_t start, length; }; /* bytes, from the region's base *
 
 /* Touches of one chunk after the other, by one thread. `end`: of what is under way ahead of them; `used`: a
  * count of the region's touches, 0 for none. */
-struct lm_scan { uint64_t last, end, window, used; unsigned streak; };
+struct lm_scan { uint64_t first, last, end, window, used; unsigned streak; };
 
 /* A memfd, and what tells it from whatever else its number may come to lead to. */
 struct lm_stage { int fd; struct lm_sys_file file; };
