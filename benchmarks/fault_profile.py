@@ -45,7 +45,7 @@ _TOUCHES_UNCOUNTED: Final = 2
 def _touch_each(
     meter: Meter, view: Bytes, chunk: int, raw: Path, after: Callable[[int, int], None] = lambda t0, t1: None
 ) -> None:
-    """One byte of each of some chunks, in random order. after: called with the times around each touch, ns."""
+    """One byte of each of some chunks, in random order. after: gets the times around each touch, ns."""
     chunks = np.random.default_rng(SEED).permutation(len(view) // chunk)[: _TOUCHES + _TOUCHES_UNCOUNTED]
     offsets = (chunks * chunk).tolist()
     # The engine's threads allocate their buffers at their first chunk.
@@ -105,7 +105,9 @@ def _smallest(meter: Meter, library: Path, chunk: int, raw: Path) -> None:
 def cases(data: Data, settings: Settings) -> Iterator[Case]:
     library = smallest_handler.build(data.folder)
     if library is None:
-        settings.skipped.append("fault_profile: without the smallest handler, because there is no C compiler (cc).")
+        settings.skipped.append(
+            "fault_profile: without the smallest handler, because there is no C compiler (cc)."
+        )
     for chunk in settings.points(CHUNKS):
         name = f"smallest handler {chunk >> 10} KiB"
         if library is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -59,6 +59,7 @@ class ArrayTables:
 class Layout:
     """What a region is made of: runs and records of FORMAT.md over numbered sources.
 
+    records: called where they are needed, which is not where plain files are mapped: one for each chunk.
     pieces: the same as ranges of files to be mapped, or None where they cannot be.
     strips: of a composed region (composition.py), cut from `stock`, whose records these are.
     """
@@ -66,7 +67,7 @@ class Layout:
     content_size: int
     chunk_size: int
     runs: NDArray[np.void]
-    records: NDArray[np.void]
+    records: Callable[[], NDArray[np.void]]
     pieces: tuple[MapPiece, ...] | None
     strips: NDArray[np.void] | None = None
     stock: Layout | None = None
@@ -155,7 +156,7 @@ class IndexCatalog:
             index.content_size,
             index.chunk_size,
             index.runs,
-            index.records,
+            lambda: index.records,
             self._pieces(fds[0] if fds else -1),
         )
 
@@ -254,10 +255,9 @@ class DirectoryCatalog:
         )
 
     def layout(self, fds: Sequence[int]) -> Layout:
-        records = [self._records(i, blob.size) for i, blob in enumerate(self._directory.files)]
-        table = np.concatenate(records) if records else np.zeros(0, structs.CHUNK.dtype)
-        runs = np.zeros(1 if len(table) else 0, structs.RUN.dtype)
-        runs["count"] = len(table)
+        count = sum(-(-blob.size // self._chunk_size) for blob in self._directory.files)
+        runs = np.zeros(1 if count else 0, structs.RUN.dtype)
+        runs["count"] = count
         pieces = None
         if len(fds) == len(self._directory.files) and min(fds, default=0) >= 0:
             pieces = tuple(
@@ -265,9 +265,18 @@ class DirectoryCatalog:
                 for base, blob, fd in zip(self._bases, self._directory.files, fds, strict=True)
                 if blob.size
             )
-        return Layout(self._content_size, self._chunk_size, runs, table, pieces)
+        return Layout(self._content_size, self._chunk_size, runs, self._records, pieces)
 
-    def _records(self, source: int, size: int) -> NDArray[np.void]:
+    def _records(self) -> NDArray[np.void]:
+        files = self._directory.files
+        return np.concatenate(
+            [
+                np.zeros(0, structs.CHUNK.dtype),
+                *(self._records_of(i, blob.size) for i, blob in enumerate(files)),
+            ]
+        )
+
+    def _records_of(self, source: int, size: int) -> NDArray[np.void]:
         """Chunks of a file as it lies, unchecked: the container has no checksums."""
         offsets = np.arange(0, size, self._chunk_size, dtype=np.uint64)
         records = np.zeros(len(offsets), structs.CHUNK.dtype)

@@ -148,7 +148,7 @@ class Region(Memory):
                 content_size=layout.content_size,
                 chunk_size=layout.chunk_size,
                 runs=layout.runs.tobytes(),
-                records=layout.records.tobytes(),
+                records=layout.records().tobytes(),
                 fds=fds,
                 source_sizes=[blob.size for blob in blobs],
                 backend=backend,
