@@ -57,7 +57,7 @@ def test_opening_and_looking_reads_nothing(snapshot_path: Path) -> None:
         for name in snap:
             info = snap.info(name)
             assert snap[name].shape == info.shape
-        assert snap.stats() == lazymem.Stats(*[0] * 13, latency=(0,) * 32)
+        assert snap.stats() == lazymem.Stats(*[0] * 13, latency=(0,) * 32, last_fault=(0, 0, 0))
 
 
 @pytest.mark.needs_lazy
