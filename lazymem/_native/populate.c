@@ -92,10 +92,11 @@ static int produce(struct lm_worker *worker, const struct lm_task *task, unsigne
         stored = buffer;
         time = lap(&region->counters.read_ns, time);
     }
-    if (error == 0)
+    if (error == 0) {
         error = lm_codec_check(record, stored);
-    if (error < 0 && task->stored == NULL)
-        error = lm_region_check_source(region, record, error);
+        if (error < 0 && task->stored == NULL) /* read here, from a number that may lead elsewhere by now */
+            error = lm_region_check_source(region, record, error);
+    }
     time = lap(&region->counters.check_ns, time);
     if (error == 0 && is_plain && task->stored != NULL && record->stored_length == chunk_size &&
         region->backend != LM_BACKEND_EAGER) {
