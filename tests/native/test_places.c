@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <setjmp.h>
@@ -88,6 +89,22 @@ static int peek(const unsigned char *at)
     }
     CHECK(read(channel[0], &byte, 1) == 1);
     return byte;
+}
+
+/* What the core says of what is done on purpose. Returns what unhush takes. */
+static int hush(void)
+{
+    int heard = dup(STDERR_FILENO), null = open("/dev/null", O_WRONLY);
+
+    CHECK(heard >= 0 && null >= 0 && dup2(null, STDERR_FILENO) >= 0);
+    close(null);
+    return heard;
+}
+
+static void unhush(int heard)
+{
+    CHECK(dup2(heard, STDERR_FILENO) >= 0);
+    close(heard);
 }
 
 static unsigned char *somewhere(size_t length)
@@ -326,10 +343,8 @@ static void test_too_many_pieces_are_refused(void)
     lm_region *region;
     unsigned char *shown, *window;
     unsigned i, lost = 0;
-    int quiet = dup(STDERR_FILENO), byte;
-    FILE *null = fopen("/dev/null", "w");
+    int heard = hush(), byte;
 
-    CHECK(null != NULL && dup2(fileno(null), STDERR_FILENO) >= 0);
     region = open_region();
     shown = shown_by(region);
     window = somewhere(2 * LM_PIECES * PAGE);
@@ -351,9 +366,7 @@ static void test_too_many_pieces_are_refused(void)
     CHECK(is_content(shown, 0, source_size));
     lm_region_free(region);
     CHECK(munmap(window, 2 * LM_PIECES * PAGE) == 0);
-    CHECK(dup2(quiet, STDERR_FILENO) >= 0);
-    fclose(null);
-    close(quiet);
+    unhush(heard);
 }
 
 /* ---- races ---- */
@@ -573,15 +586,11 @@ static void test_moving_races_everything_else(void)
 
 static void test_moving_without_turns_shows_no_other_bytes(void)
 {
-    int quiet = dup(STDERR_FILENO);
-    FILE *null = fopen("/dev/null", "w");
+    int heard = hush();
 
-    CHECK(quiet >= 0 && null != NULL && dup2(fileno(null), STDERR_FILENO) >= 0);
     in_turns = false;
     move_and_race(6);
-    CHECK(dup2(quiet, STDERR_FILENO) >= 0);
-    fclose(null);
-    close(quiet);
+    unhush(heard);
 }
 
 struct step { unsigned char *from, *to; size_t length; _Atomic pid_t thread; };
@@ -623,12 +632,11 @@ static void test_moves_told_in_the_wrong_order_are_not_believed(void)
     struct sigaction mine = { .sa_handler = on_signal }, bus, segv;
     const struct lm_uffd *uffd = &lm_engine.uffds[region->uffd];
     struct lm_uffd_message told[2];
-    int quiet = dup(STDERR_FILENO), byte;
-    FILE *null = fopen("/dev/null", "w");
+    int heard, byte;
     pthread_t threads[2];
 
     CHECK(sigaction(SIGBUS, &mine, &bus) == 0 && sigaction(SIGSEGV, &mine, &segv) == 0);
-    CHECK(null != NULL && dup2(fileno(null), STDERR_FILENO) >= 0);
+    heard = hush();
     pthread_mutex_lock(&lm_engine.lock);
     begin_step(&first, &threads[0]);
     begin_step(&second, &threads[1]);
@@ -638,7 +646,7 @@ static void test_moves_told_in_the_wrong_order_are_not_believed(void)
     pthread_mutex_unlock(&lm_engine.lock);
     pthread_join(threads[0], NULL);
     pthread_join(threads[1], NULL);
-    CHECK(dup2(quiet, STDERR_FILENO) >= 0);
+    unhush(heard);
     byte = touch(place + 7);
     CHECK(byte == -1 || byte == content[2 * CHUNK + 7]);
     byte = touch(shown + 2 * CHUNK + 7);
@@ -651,8 +659,6 @@ static void test_moves_told_in_the_wrong_order_are_not_believed(void)
     CHECK(munmap(shown + 5 * CHUNK, CHUNK) == 0);
     close_last(region);
     CHECK(sigaction(SIGBUS, &bus, NULL) == 0 && sigaction(SIGSEGV, &segv, NULL) == 0);
-    fclose(null);
-    close(quiet);
 }
 
 /* ---- fork ---- */
