@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from ..errors import AccessDenied
 from ..options import StoreOptions, environment_as
 from . import tls
+from .presign import Facts
 from .refusals import Place, client_error, no_credentials
 
 _SIGNED_SECONDS: Final = 3600
@@ -64,6 +65,7 @@ class Session:
         self._regions: dict[str, str] = {}
         self._opened = 0.0
         self._found = ""
+        self._facts = Facts.of(options)  # None: botocore has to be asked
         self.generation = 0
 
     def client(self, purpose: str, bucket: str) -> Any:
@@ -133,11 +135,22 @@ class Session:
 
     def bundle(self) -> str | bool | None:
         """Whom to trust, for our own connections; see `tls.bundle_of`."""
+        if self._facts is not None:
+            env, given = self._options.environment, self._options.ca_bundle
+            return (env.get("AWS_CA_BUNDLE") if given is None else None) or tls.bundle_of(given, env)
         with self._lock, self._environment() as session:
             return self._bundle(session)
 
     def sign(self, method: str, bucket: str, key: str) -> Signed:
         """A URL for GET or HEAD that Range and If-Match may be sent with. Raises botocore's exceptions."""
+        if (facts := self._facts) is not None:
+            with self._lock:
+                region, generation, now = self._regions.get(bucket), self.generation, time.monotonic()
+                plain = facts.sign(method, bucket, key, _SIGNED_SECONDS, region)
+                if plain is not None:
+                    self._opened = self._opened or now
+                    self._found = facts.found
+                    return Signed(plain, now, generation, region)
         client = self.client("ranges", bucket)
         with self._lock, self._environment():
             url = client.generate_presigned_url(
@@ -163,6 +176,7 @@ class Session:
             if self._options.anonymous or time.monotonic() - self._opened < _RENEW_SECONDS:
                 return False
             self._session = None
+            self._opened = 0.0
             self._clients = {}
             self.generation += 1
             return True
@@ -183,7 +197,8 @@ class Session:
         """What error messages name. Sends nothing and raises nothing."""
         with self._lock:
             clients = list(self._clients.values())
-        at = clients[-1].meta.endpoint_url if clients else self._options.endpoint_url
+        known = self._options.endpoint_url if self._facts is None else self._facts.endpoint
+        at = clients[-1].meta.endpoint_url if clients else known
         return Place(
             url,
             bucket,
@@ -195,13 +210,15 @@ class Session:
     @contextmanager
     def errors(self, url: str, bucket: str, key: str) -> Iterator[None]:
         """In the block, botocore's exceptions become ours."""
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-
         try:
             yield
-        except NoCredentialsError:
-            raise AccessDenied(no_credentials(url), url=url) from None
-        except (BotoCoreError, ClientError, ValueError) as error:
+        except Exception as error:
+            from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError  # of no use before
+
+            if isinstance(error, NoCredentialsError):
+                raise AccessDenied(no_credentials(url), url=url) from None
+            if not isinstance(error, (BotoCoreError, ClientError, ValueError)):
+                raise
             place = self.place(url, bucket, key)
             raise client_error(place, error, self._options.attempt_timeout) from None
 
