@@ -24,8 +24,10 @@ MAX_CHUNK_SIZE: Final = 64 * MIB
 #: 2 MiB is one huge page on x86-64 and arm64; see benchmarks/README.md for the curve.
 DEFAULT_CHUNK_SIZE: Final = 2 * MIB
 
-#: Chunks; see benchmarks/README.md.
-DEFAULT_READAHEAD: Final = 8
+#: Bytes to run ahead of a sequential scan: of local files, and over a network, where several requests are to
+#: be under way; see benchmarks/README.md.
+LOCAL_READAHEAD: Final = 8 * MIB
+REMOTE_READAHEAD: Final = 32 * MIB
 
 CODECS: Final = ("none", "lz4", "zstd")
 BACKENDS: Final = ("auto", "uffd", "uffd-user", "sigsegv", "map", "eager")
@@ -101,7 +103,7 @@ class OpenOptions:
         snapshot that a process has open; later ones share its engine.
     chunk_size: bytes fetched at once where a container is read in place and not mapped.
     readahead: chunks to populate ahead of a sequential scan, within the array it reads; 0: none;
-        None: 8, or 32 MiB over a network.
+        None: 8 MiB, but at least one, or 32 MiB over a network.
     fork: what child processes get of the memory. "inherit": all of it, as lazy as here, where the child was
         made by fork (os.fork, multiprocessing, subprocess). "drop": none, however the child was made; its
         fork copies no page tables and starts no threads, touching an array there is SIGSEGV, and whatever

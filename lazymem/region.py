@@ -30,13 +30,10 @@ from .catalog import ArrayTables, Catalog, Layout
 from .errors import BackendUnavailable, SnapshotClosed
 from .fetcher.client import RemoteBlob
 from .memory import Lease, Memory, cannot_open, forget
-from .options import DEFAULT_READAHEAD, MIB, OpenOptions, StoreOptions
+from .options import LOCAL_READAHEAD, REMOTE_READAHEAD, OpenOptions, StoreOptions
 from .store.base import Blob
 
 logger = logging.getLogger("lazymem")
-
-#: Bytes to run ahead of a sequential scan of a remote object.
-_REMOTE_READAHEAD: Final = 32 * MIB
 
 #: Codes that say that a way is not to be had, so that "auto" goes on to the next one. Not among them is what
 #: every way needs: memory, descriptors, threads. The next one would lack it too, and "eager" most of all.
@@ -249,7 +246,7 @@ def _descriptor(blob: Blob) -> int:
 
 
 def _readahead(options: OpenOptions, layout: Layout, *, is_remote: bool) -> int:
-    """Chunks: what was asked for; else, over a network, as many as keep several requests under way."""
+    """Chunks: what was asked for, else so many bytes, in chunks."""
     if options.readahead is not None:
         return options.readahead
-    return max(DEFAULT_READAHEAD, _REMOTE_READAHEAD // layout.chunk_size if is_remote else 0)
+    return max(1, (REMOTE_READAHEAD if is_remote else LOCAL_READAHEAD) // layout.chunk_size)
