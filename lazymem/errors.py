@@ -126,6 +126,10 @@ class BackendUnavailable(LazymemError, OSError):
     """The requested way of resolving page faults is not to be had on this machine."""
 
 
+class PagerUnavailable(LazymemError, OSError):
+    """The pager does not answer, or does not serve the caller."""
+
+
 class OutOfMemory(LazymemError, MemoryError):
     """The address space, or the memory for the tables, is not to be had."""
 
@@ -184,6 +188,9 @@ EXPLANATIONS: Final = (
     Explanation(UnsupportedDtype, "object arrays and the like", "convert"),
     Explanation(
         BackendUnavailable, "the way asked for is not to be had", "`lazymem doctor`", ("FEATURE",)
+    ),
+    Explanation(
+        PagerUnavailable, "no pager listens there, or it does not serve you", "`lazymem pager serve`"
     ),
     Explanation(
         OutOfMemory, "no address space, no memory for tables or threads",

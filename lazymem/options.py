@@ -240,6 +240,22 @@ def _captured(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+#: Seconds that memory waits for another pager when its own has died.
+_PAGER_TIMEOUT: Final = 60.0
+
+
+def pager_timeout() -> float:
+    """LAZYMEM_PAGER_TIMEOUT, if not empty. Raises `OptionError`."""
+    given = os.environ.get("LAZYMEM_PAGER_TIMEOUT") or str(_PAGER_TIMEOUT)
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0.0 <= seconds <= 86400.0:
+        raise OptionError(f"LAZYMEM_PAGER_TIMEOUT is {given!r}; it must be seconds from 0 to 86400")
+    return seconds
+
+
 _environment_lock = threading.RLock()
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, Final
 
@@ -78,15 +78,21 @@ class Region(Memory):
     # ---- open ----
 
     @classmethod
-    def open(cls, url: str, catalog: Catalog, blobs: Sequence[Blob], options: OpenOptions) -> Region:
+    def open(
+        cls, url: str, catalog: Catalog, blobs: Sequence[Blob], options: OpenOptions,
+        attach: Callable[[Layout], NativeRegion] | None = None,
+    ) -> Region:  # fmt: skip
         """Map what the catalog lays out over `blobs`, which the caller keeps open.
 
+        attach: brings the memory from elsewhere, where a pager serves it.
         Blocks only where the backend is "eager", which reads everything.
         Raises `BackendUnavailable`, `OutOfMemory`; with "eager" also `ChunkCorrupt` and `ReadError`.
         """
         fds = [_descriptor(blob) for blob in blobs]
         layout = catalog.layout(fds)
-        if (
+        if attach is not None and layout.content_size > 0:
+            native = attach(layout)
+        elif (
             layout.content_size == 0
             or options.backend == "map"
             or (options.backend == "auto" and options.install == "auto" and layout.pieces is not None)
@@ -137,35 +143,9 @@ class Region(Memory):
             ("uffd", "uffd-user", "sigsegv", "eager") if options.backend == "auto" else (options.backend,)
         )
         refusals: list[str] = []
-        remote = [blob for blob in blobs if isinstance(blob, RemoteBlob)]
-        store = remote[0].options if remote else StoreOptions()
         for backend in wanted:
-            spec = RegionSpec(
-                url=url,
-                content_size=layout.content_size,
-                chunk_size=layout.chunk_size,
-                runs=layout.runs.tobytes(),
-                records=layout.records().tobytes(),
-                fds=fds,
-                source_sizes=[blob.size for blob in blobs],
-                backend=backend,
-                install=options.install if "uffd" in backend or options.backend == "sigsegv" else "auto",
-                writable=options.mode == "c",
-                dropped=options.fork == "drop",
-                threads=options.threads or 0,
-                readahead=_readahead(options, layout, is_remote=bool(remote)),
-                sources=[blob.source for blob in remote],
-                coalesce_gap=store.coalesce_gap,
-                coalesce_size=store.coalesce_size,
-                fetch_timeout_ms=int(store.timeout * 1000),
-                array_offsets=tables.offsets.tobytes(),
-                array_lengths=tables.lengths.tobytes(),
-                name_offsets=tables.name_offsets.tobytes() if len(tables.offsets) else b"",
-                names=tables.names,
-                **_strips(layout),
-            )
             try:
-                return NativeRegion.open(spec)
+                return NativeRegion.open(_spec(backend, url, layout, tables, blobs, fds, options))
             except NativeError as error:
                 if error.code == _native.E_FEATURE and options.install == "move":
                     raise BackendUnavailable(
@@ -219,6 +199,51 @@ class Region(Memory):
         forget(self._lease)
         self._native.close()
         self._state = _State.CLOSED
+
+
+def open_stock(url: str, catalog: Catalog, blobs: Sequence[Blob], options: OpenOptions) -> NativeRegion:
+    """Memory for a pager's clients: chunks are decoded into it when one of them touches it, nobody here may.
+
+    Raises `BackendUnavailable`, `OutOfMemory`.
+    """
+    fds = [_descriptor(blob) for blob in blobs]
+    layout = catalog.layout(fds)
+    try:
+        return NativeRegion.open(_spec("stock", url, layout, catalog.tables(), blobs, fds, options))
+    except NativeError as error:
+        raise cannot_open(url, layout, error) from error
+
+
+def _spec(
+    backend: str, url: str, layout: Layout, tables: ArrayTables, blobs: Sequence[Blob], fds: Sequence[int],
+    options: OpenOptions,
+) -> RegionSpec:  # fmt: skip
+    remote = [blob for blob in blobs if isinstance(blob, RemoteBlob)]
+    store = remote[0].options if remote else StoreOptions()
+    return RegionSpec(
+        url=url,
+        content_size=layout.content_size,
+        chunk_size=layout.chunk_size,
+        runs=layout.runs.tobytes(),
+        records=layout.records().tobytes(),
+        fds=fds,
+        source_sizes=[blob.size for blob in blobs],
+        backend=backend,
+        install=options.install if "uffd" in backend or options.backend == "sigsegv" else "auto",
+        writable=options.mode == "c",
+        dropped=options.fork == "drop",
+        threads=options.threads or 0,
+        readahead=_readahead(options, layout, is_remote=bool(remote)),
+        sources=[blob.source for blob in remote],
+        coalesce_gap=store.coalesce_gap,
+        coalesce_size=store.coalesce_size,
+        fetch_timeout_ms=int(store.timeout * 1000),
+        array_offsets=tables.offsets.tobytes(),
+        array_lengths=tables.lengths.tobytes(),
+        name_offsets=tables.name_offsets.tobytes() if len(tables.offsets) else b"",
+        names=tables.names,
+        **_strips(layout),
+    )
 
 
 def _strips(layout: Layout) -> dict[str, Any]:

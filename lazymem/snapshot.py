@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import Any, Final, overload
@@ -15,8 +15,9 @@ from typing import Any, Final, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from ._native import NativeRegion
 from .carried import CarriedFile, CarriedFiles, DirectoryFiles, OriginFiles
-from .catalog import ArrayInfo, Catalog, DirectoryCatalog, IndexCatalog
+from .catalog import ArrayInfo, Catalog, DirectoryCatalog, IndexCatalog, Layout
 from .composition import ComposedCatalog, Part, Recipe, cast_recipes, float_dtype
 from .containers.base import Directory
 from .errors import ArrayNotFound, OptionError, OutOfMemory, SnapshotChanged
@@ -577,6 +578,7 @@ def open(
     storage_options: Mapping[str, Any] | None = None,
     cache: StrPath | bool | None = None,
     dtype: Any = None,
+    pager: StrPath | None = None,
 ) -> Snapshot:
     """Open a snapshot, or another format's file, as memory. Reads its index and no more.
 
@@ -597,6 +599,9 @@ def open(
 
     dtype: show floating-point arrays as "float16", "bfloat16", "float32" or "float64" (a name, or a numpy
         dtype): each chunk is converted when it is first touched. Rounded as numpy's astype does.
+    pager: the socket of a `lazymem pager serve`, which then serves the memory: all its clients share one copy
+        of what is read, and a debugger may stop this process and look at it. Without a pager for 60 seconds
+        (LAZYMEM_PAGER_TIMEOUT) what was not read yet raises SIGBUS when touched.
 
     A remote object costs one request to open, or two (a large index; a container's header), each touch
     of a new chunk one more. Every request is for the version that was opened; if the object is replaced,
@@ -604,7 +609,7 @@ def open(
     bytes are not checked when they are touched (`verify` does it, or backend="uffd" for snapshots).
     Everything else is.
     Raises `SnapshotNotFound`, `AccessDenied`, `FormatError`, `UnsupportedFormat`, `ReadError`,
-    `BackendUnavailable`, `OutOfMemory`, `OptionError`.
+    `BackendUnavailable`, `OutOfMemory`, `OptionError`; with a pager `PagerUnavailable`.
     """
     options = OpenOptions.from_environment(
         mode=mode,
@@ -619,10 +624,15 @@ def open(
     location = location_of(source)
     with contextlib.ExitStack() as stack:
         target = None if dtype is None else float_dtype(dtype)
-        url, catalog, blobs, digest, files = _load(location, options, store, as_format, stack)
+        url, catalog, blobs, digest, files = load(location, options, store, as_format, stack)
         if target is not None and any(catalog.info(name).dtype != target for name in catalog.names):
             catalog = ComposedCatalog(catalog, cast_recipes(catalog, target))
-        region = Region.open(url, catalog, blobs, options)
+        attach = None
+        if pager is not None:
+            attach = _attach(
+                os.fspath(pager), location, url, catalog, blobs, options, as_format, storage_options
+            )
+        region = Region.open(url, catalog, blobs, options, attach)
         stack.pop_all()
     public = store.public()
     if cache is None and "cache" not in (storage_options or {}):
@@ -632,6 +642,7 @@ def open(
         "readahead": readahead, "fork": None if fork == "inherit" else fork, "as_format": as_format,
         "storage_options": public or None,
         "dtype": None if target is None else target.name,
+        "pager": None if pager is None else os.path.abspath(pager),
     }  # fmt: skip
     reference = Reference(
         location if locations.scheme_of(location) else os.path.abspath(locations.local_path(location)),
@@ -641,10 +652,38 @@ def open(
     return Snapshot(url, catalog, region, SharedBlobs(blobs), digest, reference, files, options)
 
 
-def _load(
+def _attach(
+    pager: str, location: str, url: str, catalog: Catalog, blobs: Sequence[Blob], options: OpenOptions,
+    as_format: str | None, storage_options: Mapping[str, Any] | None,
+) -> Callable[[Layout], NativeRegion]:  # fmt: skip
+    from .paging.client import Client  # few have one
+
+    if isinstance(catalog, ComposedCatalog):
+        raise OptionError(f"{url}: a pager serves arrays as they are stored; leave dtype= out, or pager=")
+    return Client(
+        pager,
+        url,
+        {
+            "url": location
+            if locations.scheme_of(location)
+            else os.path.abspath(locations.local_path(location)),
+            "as_format": as_format,
+            "chunk_size": options.chunk_size,
+            "storage_options": None if storage_options is None else dict(storage_options),
+            "identities": [blob.identity for blob in blobs],
+        },
+        options,
+    ).attach
+
+
+def load(
     location: str, options: OpenOptions, store: StoreOptions, as_format: str | None,
     stack: contextlib.ExitStack,
 ) -> tuple[str, Catalog, tuple[Blob, ...], str | None, CarriedFiles]:  # fmt: skip
+    """What lies at a location, with its index read: URL, arrays, open files, digest, the files it carries.
+
+    `stack` closes the files. Raises what `open` raises for what it finds there.
+    """
     opener = LocationOpener(store)
     found = recognize(location, opener, as_format=as_format)
     stack.callback(found.close)

@@ -31,7 +31,9 @@ STATE_PRESENT: Final = 2
 STATE_FAILED: Final = 3
 STATE_POISONED: Final = 4
 
-BACKENDS: Final = {"uffd": 0, "uffd-user": 1, "eager": 2, "map": 3, "sigsegv": 4}
+BACKENDS: Final = {
+    "uffd": 0, "uffd-user": 1, "eager": 2, "map": 3, "sigsegv": 4, "stock": 5, "pager": 6,
+}  # fmt: skip
 INSTALLS: Final = {"auto": 0, "copy": 1, "move": 2}
 WAYS: Final = ("device", "syscall", "user-only")
 OPERATIONS: Final = ("copy", "zeropage", "wake", "poison", "move")
@@ -464,6 +466,11 @@ class NativeRegion:
         out = ffi.new("lm_region **")
         _check(lib.lm_region_open_map(size, table, len(pieces), writable, dropped, out))
         return cls(out[0])
+
+    @property
+    def handle(self) -> Any:
+        """For other modules of this package."""
+        return self._handle
 
     def seal(self) -> None:
         _check(lib.lm_region_seal(self._handle))

@@ -2,7 +2,7 @@
 """Builds `lazymem._native._core` with cffi in API mode.
 
 setuptools loads this file by its path (pyproject.toml, cmdclass), before lazymem can be imported, so it
-imports nothing of lazymem. The declarations are the slice of lazymem.h between its CFFI markers.
+imports nothing of lazymem. The declarations are the slices of headers between their CFFI markers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 SOURCES = (
     "sys.c",
+    "sys_pager.c",
     "uffd.c",
+    "space.c",
     "codec.c",
     "planes.c",
     "cast.c",
@@ -30,6 +32,7 @@ SOURCES = (
     "trap.c",
     "pages.c",
     "pages_trap.c",
+    "pages_stock.c",
     "compose.c",
     "places.c",
     "populate.c",
@@ -37,7 +40,10 @@ SOURCES = (
     "engine.c",
     "fetch.c",
     "region.c",
+    "pager.c",
+    "attachment.c",
 )
+HEADERS = ("lazymem.h", "pager_protocol.h", "pager.h", "attachment.h")  # of what Python calls
 # setuptools brings Python's own flags, -DNDEBUG among them; nothing here depends on assert().
 FLAGS = ("-std=gnu11", "-O2", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wshadow")
 # cffi's generated wrapper is not ours to keep clean of these.
@@ -49,16 +55,16 @@ LIMITED_API = ("Py_LIMITED_API", "0x030A0000")
 
 
 def declarations() -> str:
-    """The part of lazymem.h that cffi reads."""
-    text = (HERE / "lazymem.h").read_text(encoding="utf-8")
-    return text.split("/* CFFI-BEGIN */", 1)[1].split("/* CFFI-END */", 1)[0]
+    """The parts of the headers that cffi reads."""
+    texts = [(HERE / name).read_text(encoding="utf-8") for name in HEADERS]
+    return "\n".join(text.split("/* CFFI-BEGIN */", 1)[1].split("/* CFFI-END */", 1)[0] for text in texts)
 
 
 def emit(target: Path) -> None:
     """Write the C source of the extension module to `target`."""
     ffi = FFI()
     ffi.cdef(declarations())
-    ffi.set_source("lazymem._native._core", '#include "lazymem.h"')
+    ffi.set_source("lazymem._native._core", "\n".join(f'#include "{name}"' for name in HEADERS))
     ffi.emit_c_code(str(target))
 
 

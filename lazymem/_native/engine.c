@@ -323,6 +323,20 @@ static void rouse_locked(const struct intake *intake)
         pthread_cond_broadcast(&engine->work);
 }
 
+void lm_engine_take_up(struct lm_region *region, uint64_t offset)
+{
+    struct intake intake = { 0 };
+
+    pthread_mutex_lock(&engine->lock);
+    if (!region->closing) {
+        take_up_locked(&intake, region, offset, 0, lm_sys_now_ns());
+        rouse_locked(&intake);
+        if (intake.queued > 0)
+            pthread_cond_signal(&engine->work);
+    }
+    pthread_mutex_unlock(&engine->lock);
+}
+
 static void take_message_locked(struct intake *intake, const struct lm_uffd *uffd, uintptr_t address, uint64_t now)
 {
     uint64_t offset = 0;
@@ -479,6 +493,15 @@ static bool is_stopping(void)
     return stopping;
 }
 
+bool lm_engine_work(struct lm_worker *worker)
+{
+    struct lm_task task;
+
+    while (take(&task, false))
+        run(worker, &task);
+    return !is_stopping();
+}
+
 static void *resolve(void *argument)
 {
     struct lm_worker *worker = argument;
@@ -537,7 +560,7 @@ static void *help(void *argument)
             run(worker, &task);
         pthread_mutex_lock(&engine->lock);
         while (!engine->stopping && lm_queue_first_span(&engine->queue) == NULL &&
-               engine->arrived.task_count == 0 && engine->early.task_count == 0)
+               engine->queue.task_count == 0 && engine->arrived.task_count == 0 && engine->early.task_count == 0)
             pthread_cond_wait(&engine->work, &engine->lock);
         stopping = engine->stopping;
         pthread_mutex_unlock(&engine->lock);

@@ -177,6 +177,10 @@ int lm_engine_composers_locked(void);      /* composers are wanted, too */
 int lm_engine_insert(struct lm_region *region);
 /* From now on none of its faults makes work. False, and no change, while a task or a call uses it. */
 bool lm_engine_release_idle(struct lm_region *region);
+/* What a fault message for that byte would come to: its chunk is demanded, for whom wake() is called. */
+void lm_engine_take_up(struct lm_region *region, uint64_t offset);
+/* Populate what is demanded, until nothing is. False: the engine is about to stop. */
+bool lm_engine_work(struct lm_worker *worker);
 /* No address leads to the region any more. */
 void lm_engine_remove(struct lm_region *region);
 /* Whether chunks of the region come by way of the courier: remote, and not composed. */

@@ -250,6 +250,8 @@ uint64_t lm_fetcher_starts(void); /* in this process, restarts counted */
 #define LM_BACKEND_EAGER     2 /* no faults: everything is read by lm_region_open */
 #define LM_BACKEND_MAP       3 /* plain file mappings, no engine */
 #define LM_BACKEND_SIGSEGV   4 /* protected pages: a touch is a signal */
+#define LM_BACKEND_PAGER     6 /* served by another process (attachment.h) */
+#define LM_BACKEND_STOCK     5 /* for other processes, see pager.h: nobody here may touch what is not present */
 
 #define LM_INSTALL_AUTO 0
 #define LM_INSTALL_COPY 1

@@ -97,6 +97,7 @@ static int eager_revive(struct lm_region *region, int error)
 }
 
 const struct lm_pages lm_pages_eager = {
+    .in_place = true,
     .install = eager_install,
     .wake = eager_wake,
     .poison = eager_poison,

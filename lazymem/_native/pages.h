@@ -13,6 +13,7 @@
 struct lm_region;
 
 struct lm_pages {
+    bool in_place; /* bytes are made where they are to lie: nobody sees a chunk that is not present */
     /* The whole chunk shows `bytes`, or zeros if NULL; no thread sees a part of it that is not final.
      * by_move: the memory of `bytes` may be taken. */
     int (*install)(struct lm_region *region, uint64_t chunk, const unsigned char *bytes, bool by_move);
@@ -33,7 +34,11 @@ struct lm_pages {
     int (*revive)(struct lm_region *region, int error);
 };
 
-extern const struct lm_pages lm_pages_uffd, lm_pages_trap, lm_pages_eager;
+extern const struct lm_pages lm_pages_uffd, lm_pages_trap, lm_pages_eager, lm_pages_stock;
+
+/* pages_stock.c: the memory that other processes are shown. */
+int lm_pages_stock_attach(struct lm_region *region);
+void lm_pages_stock_detach(struct lm_region *region); /* idempotent */
 
 /* pages_trap.c: touches of region->base, which is reserved, wait from now on; and no longer. lifecycle is held. */
 int lm_pages_trap_attach(struct lm_region *region);

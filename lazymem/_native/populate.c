@@ -99,7 +99,7 @@ static int produce(struct lm_worker *worker, const struct lm_task *task, unsigne
     }
     time = lap(&region->counters.check_ns, time);
     if (error == 0 && is_plain && task->stored != NULL && record->stored_length == chunk_size &&
-        region->backend != LM_BACKEND_EAGER) {
+        !region->pages->in_place) {
         *ret_bytes = stored;
         return 0;
     }
@@ -172,7 +172,7 @@ static int prepare(struct lm_worker *worker, const struct lm_task *task, const u
     *ret_bytes = NULL;
     if (error < 0 || lm_table_record(&region->table, task->chunk) == NULL)
         return error;
-    if (region->backend == LM_BACKEND_EAGER) {
+    if (region->pages->in_place) {
         target = region->base + (task->chunk << region->table.chunk_shift);
     } else {
         error = lm_sys_grow_buffer(&worker->plain, &worker->plain_length, (size_t)1 << region->table.chunk_shift);

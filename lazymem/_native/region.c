@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "attachment.h"
 #include "compose.h"
 #include "engine.h"
 #include "fetch.h"
@@ -128,6 +129,8 @@ static void forget_traps(struct lm_region *region)
 {
     if (region->pages == &lm_pages_trap)
         lm_pages_trap_detach(region);
+    if (region->pages == &lm_pages_stock)
+        lm_pages_stock_detach(region);
 }
 
 /* Everything but the handle and the memory. */
@@ -205,6 +208,7 @@ static const struct lm_pages *pages_of(int backend)
     case LM_BACKEND_UFFD_USER: return &lm_pages_uffd;
     case LM_BACKEND_SIGSEGV: return &lm_pages_trap;
     case LM_BACKEND_EAGER: return &lm_pages_eager;
+    case LM_BACKEND_STOCK: return &lm_pages_stock;
     default: return NULL;
     }
 }
@@ -361,7 +365,7 @@ static int attach_locked(struct lm_region *region, const lm_region_spec *spec, u
     if (region->install < 0)
         return region->install;
     region->prot = PROT_READ;
-    if (spec->writable || region->install == LM_INSTALL_MOVE || region->pages == &lm_pages_eager)
+    if (spec->writable || region->install == LM_INSTALL_MOVE || region->pages->in_place)
         region->prot |= PROT_WRITE;
     error = reserve(region);
     if (error < 0)
@@ -369,6 +373,8 @@ static int attach_locked(struct lm_region *region, const lm_region_spec *spec, u
     lm_pieces_init(&region->pieces, (uintptr_t)region->base, region->size);
     if (region->pages == &lm_pages_trap)
         error = lm_pages_trap_attach(region);
+    if (region->pages == &lm_pages_stock)
+        error = lm_pages_stock_attach(region);
     if (error == 0)
         error = lm_engine_insert(region);
     if (error < 0) {
@@ -442,6 +448,8 @@ int lm_region_open(const lm_region_spec *spec, lm_region **ret_region)
 
 static int map_pieces(struct lm_region *region, const lm_map_piece *pieces, uint64_t count)
 {
+    /* Of a pager's memory always privately: only such a mapping can be registered without the right to write. */
+    int kind = region->writable || region->backend == LM_BACKEND_PAGER ? MAP_PRIVATE : MAP_SHARED;
     uint64_t i;
     int error = 0;
 
@@ -451,15 +459,14 @@ static int map_pieces(struct lm_region *region, const lm_map_piece *pieces, uint
         if (piece->region_offset > region->size || piece->length == 0 ||
             piece->length > region->size - piece->region_offset)
             return -EINVAL;
-        error = lm_sys_map_fixed(region->base + piece->region_offset, piece->length, region->prot,
-                                 region->writable ? MAP_PRIVATE : MAP_SHARED, piece->fd,
+        error = lm_sys_map_fixed(region->base + piece->region_offset, piece->length, region->prot, kind, piece->fd,
                                  piece->file_offset);
     }
     return error;
 }
 
-int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece_count, int writable,
-                       int dropped, lm_region **ret_region)
+static int open_plain(int backend, uint64_t size, const lm_map_piece *pieces, uint64_t piece_count, int writable,
+                      int dropped, lm_region **ret_region)
 {
     struct lm_region *region;
     size_t page = lm_sys_page_size();
@@ -473,11 +480,11 @@ int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece
         return error;
     region = memory;
     region->memory = sizeof *region;
-    region->backend = LM_BACKEND_MAP;
+    region->backend = backend;
     region->writable = writable != 0;
     region->dropped = dropped != 0;
     region->process = lm_sys_process();
-    region->prot = PROT_READ | (writable ? PROT_WRITE : 0);
+    region->prot = backend == LM_BACKEND_PAGER ? PROT_NONE : PROT_READ | (writable ? PROT_WRITE : 0);
     region->size = (size + page - 1) & ~(uint64_t)(page - 1);
     error = reserve(region);
     if (error == 0) {
@@ -494,6 +501,25 @@ int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece
     }
     *ret_region = region;
     return 0;
+}
+
+int lm_region_open_map(uint64_t size, const lm_map_piece *pieces, uint64_t piece_count, int writable,
+                       int dropped, lm_region **ret_region)
+{
+    return open_plain(LM_BACKEND_MAP, size, pieces, piece_count, writable, dropped, ret_region);
+}
+
+/* Inaccessible at first: under mlockall(MCL_FUTURE) accessible memory is read before anybody can register it. */
+int lm_region_open_paged(int memfd, uint64_t size, int writable, int dropped, lm_region **ret_region)
+{
+    lm_map_piece piece = { .length = size, .fd = memfd };
+
+    return open_plain(LM_BACKEND_PAGER, size, &piece, 1, writable, dropped, ret_region);
+}
+
+int lm_region_admit(lm_region *region)
+{
+    return lm_sys_protect(region->base, region->size, PROT_READ | (region->writable ? PROT_WRITE : 0));
 }
 
 /* ---- calls and close ----
@@ -599,14 +625,14 @@ void lm_region_close(lm_region *region)
     }
     forget_traps(region);
     lm_places_release(region); /* before it is removed: its faults would look like somebody's */
-    if (region->backend != LM_BACKEND_MAP)
+    if (region->pages != NULL)
         lm_engine_remove(region);
     give_back(region);
     pthread_mutex_lock(&lm_engine.lock);
     region->closed = true;
     pthread_cond_broadcast(&lm_engine.progress);
     pthread_mutex_unlock(&lm_engine.lock);
-    if (region->backend != LM_BACKEND_MAP)
+    if (region->pages != NULL)
         lm_engine_release_locked();
     pthread_mutex_unlock(&lm_engine.lifecycle);
 }
@@ -638,14 +664,14 @@ int lm_region_install(lm_region *region) { return region->install; }
 /* Fixed at open: allowed on a closed handle. */
 uint64_t lm_region_chunk_count(lm_region *region)
 {
-    if (region->backend == LM_BACKEND_MAP)
+    if (region->pages == NULL)
         return (region->size + LM_MAP_CHUNK - 1) / LM_MAP_CHUNK;
     return region->table.chunk_count;
 }
 
 uint64_t lm_region_chunk_size(lm_region *region)
 {
-    return region->backend == LM_BACKEND_MAP ? LM_MAP_CHUNK
+    return region->pages == NULL ? LM_MAP_CHUNK
                                              : UINT64_C(1) << region->table.chunk_shift;
 }
 
@@ -674,7 +700,7 @@ int lm_region_states(lm_region *region, uint64_t first, uint64_t count, uint8_t 
     error = enter(region);
     if (error < 0)
         return error;
-    if (region->backend == LM_BACKEND_MAP)
+    if (region->pages == NULL)
         return leave(region, map_states(region, first, count, ret_states));
     for (i = 0; i < count; i++)
         ret_states[i] = lm_table_record(&region->table, first + i) == NULL
@@ -807,7 +833,7 @@ int lm_region_prefetch_spans(lm_region *region, const lm_chunk_span *spans, int 
     error = enter_memory(region);
     if (error < 0)
         return error;
-    if (region->backend != LM_BACKEND_MAP)
+    if (region->pages != NULL)
         return leave(region, count == 0 ? 0 : queue_spans(region, spans, count, urgent != 0));
     for (i = 0; i < count && error == 0; i++)
         error = map_prefetch(region, spans[i].first, spans[i].count);
@@ -907,7 +933,7 @@ static int map_wait(lm_region *region, uint64_t end, int timeout_ms, uint64_t *c
 
         if (error == -EFAULT || error == -EHWPOISON) { /* where a touch would raise SIGBUS */
             *ret_chunk = *cursor;
-            return error == -EFAULT ? LM_E_SHORT : -EIO;
+            return error == -EFAULT && region->backend == LM_BACKEND_MAP ? LM_E_SHORT : -EIO;
         }
         /* Other refusals (EINVAL before Linux 5.14): pages come on touch, as with any mapping. */
         ++*cursor;
@@ -930,7 +956,7 @@ int lm_region_wait(lm_region *region, uint64_t first, uint64_t count, int timeou
     error = enter_memory(region);
     if (error < 0)
         return error;
-    if (region->backend == LM_BACKEND_MAP)
+    if (region->pages == NULL)
         return leave(region, map_wait(region, first + count, timeout_ms, cursor, ret_chunk));
     lm_sys_deadline(timeout_ms, &deadline);
     pthread_mutex_lock(&lm_engine.lock);
@@ -980,7 +1006,7 @@ int lm_region_evict(lm_region *region, uint64_t first, uint64_t count)
     error = enter_memory(region);
     if (error < 0 || region->backend == LM_BACKEND_EAGER || count == 0)
         return error < 0 ? error : leave(region, 0);
-    if (region->backend == LM_BACKEND_MAP) {
+    if (region->pages == NULL) {
         start = first * LM_MAP_CHUNK;
         i = (first + count) * LM_MAP_CHUNK;
         return leave(region, lm_sys_advise(region->base + start, (i < region->size ? i : region->size) - start,

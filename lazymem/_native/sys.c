@@ -377,8 +377,13 @@ bool lm_sys_is_watched(int poller, int fd, uint32_t events, uint32_t tag)
 
 int lm_sys_await(int poller, uint32_t *ret_tag)
 {
+    return lm_sys_await_for(poller, LM_AWAIT_MS, ret_tag);
+}
+
+int lm_sys_await_for(int poller, int timeout_ms, uint32_t *ret_tag)
+{
     struct epoll_event event;
-    int count = epoll_wait(poller, &event, 1, LM_AWAIT_MS);
+    int count = epoll_wait(poller, &event, 1, timeout_ms);
 
     if (count <= 0)
         return count == 0 || errno == EINTR ? 0 : -errno;
@@ -453,14 +458,27 @@ static void close_between(int first, int last)
 
 int lm_sys_isolate_descriptor(int keep)
 {
-    int low = keep < STDERR_FILENO ? keep : STDERR_FILENO;
-    int high = keep < STDERR_FILENO ? STDERR_FILENO : keep;
+    return lm_sys_isolate_descriptors(keep, keep);
+}
+
+int lm_sys_isolate_descriptors(int keep, int also)
+{
+    int kept[] = { STDERR_FILENO, keep, also }, from = 0, i;
 
     if (unshare(CLONE_FILES) < 0)
         return -errno;
-    close_between(0, low - 1);
-    close_between(low + 1, high - 1);
-    close_between(high + 1, INT_MAX);
+    for (i = 0; i < 3; i++) {
+        int next = INT_MAX, j;
+
+        for (j = 0; j < 3; j++)
+            if (kept[j] >= from && kept[j] < next)
+                next = kept[j];
+        if (next == INT_MAX)
+            break;
+        close_between(from, next - 1);
+        from = next + 1;
+    }
+    close_between(from, INT_MAX);
     return 0;
 }
 

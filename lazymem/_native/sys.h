@@ -84,6 +84,7 @@ int lm_sys_watch(int poller, int fd, uint32_t events, uint32_t tag);
 /* Whether both are the descriptors that lm_sys_watch was called with. */
 bool lm_sys_is_watched(int poller, int fd, uint32_t events, uint32_t tag);
 int lm_sys_await(int poller, uint32_t *ret_tag);
+int lm_sys_await_for(int poller, int timeout_ms, uint32_t *ret_tag);
 int lm_sys_bell(void);
 void lm_sys_ring(int bell, unsigned times);
 
@@ -97,6 +98,7 @@ void lm_sys_shut_down(int socket); /* whoever blocks in lm_sys_receive gets 0 */
 
 /* Give this thread a table of descriptors of its own in which only `keep` and stderr are open. */
 int lm_sys_isolate_descriptor(int keep);
+int lm_sys_isolate_descriptors(int keep, int also);
 /* Write all of it to a descriptor that may be a full pipe nobody reads: give up after 100 ms. */
 void lm_sys_write_patiently(int fd, const char *text, size_t length);
 
@@ -125,5 +127,23 @@ bool lm_sys_can_write(uintptr_t address);
 int lm_sys_signal_action(int number, const struct sigaction *action, struct sigaction *ret_before);
 /* Send this thread a signal, with that information about it. */
 void lm_sys_signal_self(int number, siginfo_t *info);
+
+/* ---- sys_pager.c: for the pager and its clients ---- */
+
+int lm_sys_unblock(int fd);      /* reading it returns at once from now on */
+int lm_sys_make_private(int fd); /* only this user may open the file again */
+int lm_sys_open_for_reading(int fd);
+/* Packets to whoever listens at a path. Answers are waited for that long. */
+int lm_sys_connect(const char *path, int patience_ms);
+/* One packet, with a descriptor if it is not -1, and the packet that answers: its length, 0 at the end. */
+int lm_sys_exchange(int fd, const void *question, size_t length, int descriptor, void *answer, size_t room);
+/* Whether the other side has ended the connection, or does so by then. */
+bool lm_sys_has_hung_up(int fd, int timeout_ms);
+void lm_sys_await_input(int fd, int timeout_ms);
+void lm_sys_pause(int us);
+/* A process that shares this one's table of descriptors, so that none is closed when this one dies. Then it
+ * closes all but those that `keeps` says yes to, asks again every second, and ends when none is left. No handler
+ * of fork runs, so there must be no thread yet that may hold a lock. Returns its id. */
+int lm_sys_start_twin(bool (*keeps)(int));
 
 #endif

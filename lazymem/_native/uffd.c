@@ -10,6 +10,7 @@
 #include "sys.h"
 
 #define LM_REGISTER_MISSING UINT64_C(1)
+#define LM_REGISTER_MINOR   UINT64_C(4)
 #define LM_MODE_DONTWAKE    UINT64_C(1)
 #define LM_USER_MODE_ONLY   1
 
@@ -74,18 +75,47 @@ int lm_uffd_read(int fd, struct lm_uffd_message *ret_messages, int capacity)
     return got < 0 ? got : (int)((size_t)got / sizeof *ret_messages);
 }
 
-int lm_uffd_register(int fd, uintptr_t start, size_t length, uint64_t *ret_ioctls)
+static int register_as(int fd, uint64_t mode, uintptr_t start, size_t length, uint64_t *ret_ioctls)
 {
-    struct lm_uffd_register request = {
-        .range = { .start = start, .length = length },
-        .mode = LM_REGISTER_MISSING,
-    };
+    struct lm_uffd_register request = { .range = { .start = start, .length = length }, .mode = mode };
     int error = lm_sys_ioctl(fd, LM_UFFDIO_REGISTER, &request);
 
     if (error < 0)
         return error;
     *ret_ioctls = request.ioctls;
     return 0;
+}
+
+int lm_uffd_register(int fd, uintptr_t start, size_t length, uint64_t *ret_ioctls)
+{
+    return register_as(fd, LM_REGISTER_MISSING, start, length, ret_ioctls);
+}
+
+int lm_uffd_register_minor(int fd, uintptr_t start, size_t length, uint64_t *ret_ioctls)
+{
+    return register_as(fd, LM_REGISTER_MISSING | LM_REGISTER_MINOR, start, length, ret_ioctls);
+}
+
+/* A handshake that was refused may be tried again. */
+int lm_uffd_agree(int fd, uint64_t needed, uint64_t wanted, uint64_t *ret_features)
+{
+    uint64_t asked = needed | wanted;
+
+    for (;;) {
+        struct lm_uffd_api api = { .api = LM_UFFD_API_VERSION, .features = asked };
+        int error = lm_sys_ioctl(fd, LM_UFFDIO_API, &api);
+
+        if (error == 0) {
+            *ret_features = asked;
+            return 0;
+        }
+        if (asked == needed)
+            return error == -EINVAL ? LM_E_FEATURE : error;
+        /* EPERM: fork is for the privileged. EINVAL: the kernel lacks some. */
+        asked = error == -EPERM && (asked & ~needed & LM_UFFD_FEATURE_EVENT_FORK)
+                    ? asked & ~LM_UFFD_FEATURE_EVENT_FORK
+                    : needed;
+    }
 }
 
 int lm_uffd_unregister(int fd, uintptr_t start, size_t length)
@@ -122,9 +152,10 @@ static int advance(int error, int64_t reported, size_t *done, size_t page, int *
 }
 
 /* COPY where there is something to copy from; ZEROPAGE and POISON take the other form. Within one mapping. */
-static int fill_mapping(int fd, unsigned long number, uintptr_t start, const void *from, size_t length)
+static int fill_mapping(int fd, unsigned long number, uintptr_t start, const void *from, size_t length,
+                        size_t page)
 {
-    size_t page = lm_sys_page_size(), done = 0;
+    size_t done = 0;
     int stalls = 0, error = 0;
 
     while (done < length && error == 0) {
@@ -145,34 +176,35 @@ static int fill_mapping(int fd, unsigned long number, uintptr_t start, const voi
     return error;
 }
 
-static int fill(int fd, unsigned long number, uintptr_t start, const void *from, size_t length)
+int lm_uffd_fill(int fd, unsigned long number, uintptr_t start, const void *from, size_t length, size_t page)
 {
-    size_t page = lm_sys_page_size(), half = length / page / 2 * page;
-    int error = fill_mapping(fd, number, start, from, length);
+    size_t half = length / page / 2 * page;
+    int error = fill_mapping(fd, number, start, from, length, page);
 
     if (error == -ESRCH || (error == -ENOENT && length <= page))
         return 0;
     if (error != -ENOENT)
         return error;
-    error = fill(fd, number, start, from, half);
+    error = lm_uffd_fill(fd, number, start, from, half, page);
     if (error < 0)
         return error;
-    return fill(fd, number, start + half, from == NULL ? NULL : (const char *)from + half, length - half);
+    return lm_uffd_fill(fd, number, start + half, from == NULL ? NULL : (const char *)from + half, length - half,
+                        page);
 }
 
 int lm_uffd_copy(int fd, uintptr_t to, const void *from, size_t length)
 {
-    return fill(fd, LM_UFFDIO_COPY, to, from, length);
+    return lm_uffd_fill(fd, LM_UFFDIO_COPY, to, from, length, lm_sys_page_size());
 }
 
 int lm_uffd_zero(int fd, uintptr_t start, size_t length)
 {
-    return fill(fd, LM_UFFDIO_ZEROPAGE, start, NULL, length);
+    return lm_uffd_fill(fd, LM_UFFDIO_ZEROPAGE, start, NULL, length, lm_sys_page_size());
 }
 
 int lm_uffd_poison(int fd, uintptr_t start, size_t length)
 {
-    return fill(fd, LM_UFFDIO_POISON, start, NULL, length);
+    return lm_uffd_fill(fd, LM_UFFDIO_POISON, start, NULL, length, lm_sys_page_size());
 }
 
 int lm_uffd_move(int fd, uintptr_t to, void *from, size_t length, size_t *ret_moved)
@@ -205,6 +237,15 @@ int lm_uffd_settled(int fd, const void *elsewhere)
                                                .length = page } };
 
     return lm_sys_ioctl(fd, LM_UFFDIO_ZEROPAGE, &request) == -EAGAIN ? -EAGAIN : 0;
+}
+
+/* The kernel looks for the process before it looks for the range, in which nothing is ever mapped. */
+bool lm_uffd_is_over(int fd)
+{
+    size_t page = lm_sys_page_size();
+    struct lm_uffd_fill request = { .range = { .start = UINT64_C(16) * page, .length = page } };
+
+    return lm_sys_ioctl(fd, LM_UFFDIO_ZEROPAGE, &request) == -ESRCH;
 }
 
 /* The kernel looks for the range before it reads the source. */

@@ -30,8 +30,13 @@
 
 #define LM_UFFD_API_VERSION 0xAAu
 
+#define LM_UFFD_FEATURE_EVENT_FORK   (UINT64_C(1) << 1)
 #define LM_UFFD_FEATURE_EVENT_REMAP (UINT64_C(1) << 2)
+#define LM_UFFD_FEATURE_EVENT_REMOVE (UINT64_C(1) << 3)
 #define LM_UFFD_FEATURE_EVENT_UNMAP (UINT64_C(1) << 6)
+#define LM_UFFD_FEATURE_MISSING_HUGE (UINT64_C(1) << 4)
+#define LM_UFFD_FEATURE_MISSING_SHMEM (UINT64_C(1) << 5)
+#define LM_UFFD_FEATURE_MINOR_SHMEM (UINT64_C(1) << 10)
 #define LM_UFFD_FEATURE_POISON (UINT64_C(1) << 14)
 #define LM_UFFD_FEATURE_MOVE   (UINT64_C(1) << 16)
 
@@ -43,6 +48,7 @@
 #define LM_UFFDIO_COPY       0xc028aa03u
 #define LM_UFFDIO_ZEROPAGE   0xc020aa04u
 #define LM_UFFDIO_MOVE       0xc028aa05u
+#define LM_UFFDIO_CONTINUE   0xc020aa07u
 #define LM_UFFDIO_POISON     0xc020aa08u
 #define LM_UFFD_IOC_NEW      0x0000aa00u /* on /dev/userfaultfd; its argument is the flags */
 
@@ -51,7 +57,7 @@ struct lm_uffd_range { uint64_t start, length; };
 struct lm_uffd_register { struct lm_uffd_range range; uint64_t mode, ioctls; };
 /* COPY and MOVE */
 struct lm_uffd_transfer { uint64_t to, from, length, mode; int64_t done; };
-/* ZEROPAGE and POISON */
+/* ZEROPAGE, CONTINUE and POISON */
 struct lm_uffd_fill { struct lm_uffd_range range; uint64_t mode; int64_t done; };
 
 struct lm_uffd_message {
@@ -60,11 +66,14 @@ struct lm_uffd_message {
     union {
         struct { uint64_t flags, address, thread; }; /* PAGEFAULT */
         struct { uint64_t from, to, length; };       /* REMAP: what was there before, not what it grew by */
-        struct { uint64_t start, end; };             /* UNMAP: all of the caller's range */
+        struct { uint64_t start, end; };             /* UNMAP, REMOVE: all of the caller's range */
+        struct { uint32_t child; };                  /* FORK: the child's userfaultfd, a descriptor of ours */
     };
 };
 #define LM_UFFD_EVENT_PAGEFAULT 0x12
+#define LM_UFFD_EVENT_FORK      0x13
 #define LM_UFFD_EVENT_REMAP     0x14
+#define LM_UFFD_EVENT_REMOVE    0x15
 #define LM_UFFD_EVENT_UNMAP     0x16
 
 /* Non-blocking and close-on-exec, API agreed, REMAP and UNMAP asked for where the kernel has them. way is
@@ -76,9 +85,18 @@ bool lm_uffd_is_one(int fd);
 int lm_uffd_read(int fd, struct lm_uffd_message *ret_messages, int capacity);
 
 int lm_uffd_register(int fd, uintptr_t start, size_t length, uint64_t *ret_ioctls);
+/* minor: pages that the mapped file has, but the process has not, are missing, too. */
+int lm_uffd_register_minor(int fd, uintptr_t start, size_t length, uint64_t *ret_ioctls);
+/* Agree on the API for a descriptor that somebody else has made: with as many of `wanted` (LM_UFFD_FEATURE_*)
+ * as we may have, but with all of `needed`. */
+int lm_uffd_agree(int fd, uint64_t needed, uint64_t wanted, uint64_t *ret_features);
+/* Whether the process whose memory it is about is gone. */
+bool lm_uffd_is_over(int fd);
 int lm_uffd_unregister(int fd, uintptr_t start, size_t length);
 int lm_uffd_wake(int fd, uintptr_t start, size_t length);
 
+/* COPY, ZEROPAGE, CONTINUE or POISON (LM_UFFDIO_*), where pages have `page` bytes. from: of COPY only. */
+int lm_uffd_fill(int fd, unsigned long number, uintptr_t start, const void *from, size_t length, size_t page);
 int lm_uffd_copy(int fd, uintptr_t to, const void *from, size_t length);
 int lm_uffd_zero(int fd, uintptr_t start, size_t length);
 int lm_uffd_poison(int fd, uintptr_t start, size_t length);

@@ -1,0 +1,962 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "pager.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+
+#include "engine.h"
+#include "pager_protocol.h"
+#include "space.h"
+#include "sys.h"
+#include "uffd.h"
+
+#define LM_PAGER_THREADS 64
+#define LM_BELL UINT32_MAX /* epoll tag; others are numbers of spaces */
+#define LM_MESSAGES 64
+#define LM_IDLE_MS 1000 /* how often it is looked for processes that are gone */
+#define LM_AGAIN_MS 2   /* and for what has to be tried again, if there is something */
+#define LM_ROUNDS 64    /* of reading events and trying again, before another space's turn comes */
+#define LM_HUGE ((uint32_t)2 << 20)
+#define LM_NEEDED (LM_UFFD_FEATURE_EVENT_REMAP | LM_UFFD_FEATURE_EVENT_UNMAP | LM_UFFD_FEATURE_EVENT_REMOVE | \
+                   LM_UFFD_FEATURE_MISSING_SHMEM | LM_UFFD_FEATURE_MINOR_SHMEM)
+#define LM_WANTED (LM_UFFD_FEATURE_EVENT_FORK | LM_UFFD_FEATURE_POISON | LM_UFFD_FEATURE_MISSING_HUGE)
+
+struct fault { uint64_t address, since; };
+
+struct space {
+    uint32_t id, parent;
+    int fd;
+    bool follows; /* children of its process become spaces */
+    unsigned users; /* under pager.lock */
+    struct space *next; /* under pager.lock */
+
+    pthread_mutex_t lock;
+    bool left, gone;
+    struct lm_space_table table;
+    struct fault *faults; /* read, and not looked at yet */
+    size_t fault_count, fault_capacity;
+    uint64_t fault_total, served, failed;
+    uint64_t latency[LM_LATENCY_BUCKETS];
+};
+
+/* A fault that waits until chunks [first, end) of a region are settled. */
+struct waiter {
+    struct space *space;
+    struct lm_region *region;
+    uint64_t first, end, address, since;
+};
+
+/* What has to be asked of the engine once no lock is held. */
+struct wish { struct lm_region *region; uint64_t offset; };
+struct wishes { struct wish of[LM_MESSAGES]; unsigned count; };
+
+static struct {
+    pthread_mutex_t lock;
+    bool running;
+    _Atomic bool stopping;
+    bool again; /* some waiter has to be looked at though no chunk was settled */
+    int poller, bell;
+    pthread_t threads[LM_PAGER_THREADS];
+    struct lm_worker workers[LM_PAGER_THREADS];
+    int thread_count;
+    struct space *spaces;
+    uint32_t last_id, space_count;
+    uint64_t looked_ns;
+    struct waiter *waiters;
+    size_t waiter_count, waiter_capacity;
+    unsigned char *zeros; /* a huge page of them: the kernel has no ZEROPAGE for those */
+} pager = { .lock = PTHREAD_MUTEX_INITIALIZER, .poller = -1, .bell = -1 };
+
+/* ---- spaces ---- */
+
+static struct space *find_locked(uint32_t id)
+{
+    struct space *space = pager.spaces;
+
+    while (space != NULL && space->id != id)
+        space = space->next;
+    return space;
+}
+
+static struct space *use(uint32_t id)
+{
+    struct space *space;
+
+    pthread_mutex_lock(&pager.lock);
+    space = find_locked(id);
+    if (space != NULL)
+        space->users++;
+    pthread_mutex_unlock(&pager.lock);
+    return space;
+}
+
+/* The last user frees it; being listed counts as one. */
+static void leave(struct space *space)
+{
+    bool last;
+
+    pthread_mutex_lock(&pager.lock);
+    last = --space->users == 0;
+    pthread_mutex_unlock(&pager.lock);
+    if (!last)
+        return;
+    lm_sys_close(space->fd);
+    lm_space_clear(&space->table);
+    free(space->faults);
+    pthread_mutex_destroy(&space->lock);
+    free(space);
+}
+
+static void drop(struct space *space)
+{
+    struct space **link;
+    size_t i, kept = 0;
+    unsigned uses = 0;
+
+    pthread_mutex_lock(&pager.lock);
+    for (link = &pager.spaces; *link != NULL && *link != space; link = &(*link)->next)
+        ;
+    if (*link == space) {
+        *link = space->next;
+        pager.space_count--;
+        uses++;
+    }
+    for (i = 0; i < pager.waiter_count; i++) {
+        if (pager.waiters[i].space == space)
+            uses++;
+        else
+            pager.waiters[kept++] = pager.waiters[i];
+    }
+    pager.waiter_count = kept;
+    pthread_mutex_unlock(&pager.lock);
+    while (uses-- > 0)
+        leave(space);
+}
+
+/* fd is the space's from now on, whatever comes of it. The space is locked: others may find it already, and must
+ * not take it for an empty one. */
+static int make_space(int fd, uint32_t parent, struct space **ret_space)
+{
+    struct space *space = calloc(1, sizeof *space);
+
+    /* A descriptor that blocks would hold up whoever reads it. */
+    if (space == NULL || lm_sys_unblock(fd) < 0) {
+        free(space);
+        lm_sys_close(fd);
+        return -ENOMEM;
+    }
+    pthread_mutex_init(&space->lock, NULL);
+    pthread_mutex_lock(&space->lock);
+    space->fd = fd;
+    space->parent = parent;
+    space->users = 2; /* the list, and the caller */
+    pthread_mutex_lock(&pager.lock);
+    do {
+        pager.last_id = pager.last_id + 1 >= LM_BELL ? 1 : pager.last_id + 1;
+        space->id = pager.last_id;
+    } while (find_locked(space->id) != NULL);
+    space->next = pager.spaces;
+    pager.spaces = space;
+    pager.space_count++;
+    pthread_mutex_unlock(&pager.lock);
+    *ret_space = space;
+    return 0;
+}
+
+/* ---- pages ---- */
+
+static void wake(const struct space *space, uint64_t at, uint64_t length)
+{
+    (void)lm_uffd_wake(space->fd, at, length);
+}
+
+/* Zeros where the kernel promises them. */
+static int fill_zeros(const struct space *space, uint64_t at, uint64_t length, uint32_t page)
+{
+    int error = 0;
+
+    if (page == lm_sys_page_size())
+        return lm_uffd_fill(space->fd, LM_UFFDIO_ZEROPAGE, at, NULL, length, page);
+    for (; length > 0 && error == 0; at += page, length -= page)
+        error = lm_uffd_fill(space->fd, LM_UFFDIO_COPY, at, pager.zeros, page, page);
+    return error;
+}
+
+static int fill(struct space *space, const struct lm_space_piece *piece, uint64_t at, uint64_t length, bool zeros)
+{
+    const unsigned char *bytes = piece->region->base + piece->offset + (at - piece->at);
+    int error;
+
+    if (piece->show == LM_SHOW_ZERO || (zeros && piece->page == lm_sys_page_size()))
+        error = fill_zeros(space, at, length, piece->page);
+    else if (piece->show == LM_SHOW_SHARED)
+        error = lm_uffd_fill(space->fd, LM_UFFDIO_CONTINUE, at, NULL, length, piece->page);
+    else
+        error = lm_uffd_fill(space->fd, LM_UFFDIO_COPY, at, bytes, length, piece->page);
+    if (error == 0)
+        space->served += length;
+    return error == -ENOMEM ? -EAGAIN : error; /* a touch waits for memory, as ever */
+}
+
+/* Several chunks together are what the last of these is that one of them is. */
+enum chunk_is { LM_CHUNK_ZEROS, LM_CHUNK_THERE, LM_CHUNK_BAD, LM_CHUNK_AWAY };
+
+static enum chunk_is look(const struct lm_region *region, uint64_t chunk)
+{
+    uint8_t state;
+
+    if (!region->composed && lm_table_record(&region->table, chunk) == NULL)
+        return LM_CHUNK_ZEROS;
+    state = lm_table_state(&region->table, chunk);
+    return state == LM_STATE_PRESENT                                      ? LM_CHUNK_THERE
+           : state == LM_STATE_POISONED || state == LM_STATE_FAILED ? LM_CHUNK_BAD
+                                                                    : LM_CHUNK_AWAY;
+}
+
+static enum chunk_is look_at_all(const struct lm_region *region, uint64_t first, uint64_t end)
+{
+    enum chunk_is all = LM_CHUNK_ZEROS;
+    uint64_t i;
+
+    for (i = first; i < end; i++) {
+        enum chunk_is one = look(region, i);
+
+        all = one > all ? one : all;
+    }
+    return all;
+}
+
+/* Chunks [first, end) of the region, wherever the space shows them, whole pages only. 0 or -EAGAIN. */
+static int deliver_locked(struct space *space, struct lm_region *region, uint64_t first, uint64_t end,
+                          enum chunk_is what)
+{
+    uint64_t from = first << region->table.chunk_shift, to = end << region->table.chunk_shift;
+    size_t i;
+    int error = 0;
+
+    for (i = 0; i < space->table.count && error == 0; i++) {
+        const struct lm_space_piece *piece = &space->table.pieces[i];
+        uint64_t start, stop, page = piece->page;
+
+        if (piece->region != region || piece->show == LM_SHOW_ZERO || piece->offset >= to ||
+            piece->offset + piece->length <= from)
+            continue;
+        start = piece->at + (from > piece->offset ? (from - piece->offset + page - 1) / page * page : 0);
+        stop = piece->at + (to - piece->offset < piece->length ? (to - piece->offset) / page * page : piece->length);
+        if (start >= stop)
+            continue;
+        error = what == LM_CHUNK_BAD ? -EIO : fill(space, piece, start, stop - start, what == LM_CHUNK_ZEROS);
+        if (error < 0 && error != -EAGAIN) { /* or it lies in memory of another kind than was said */
+            error = lm_uffd_fill(space->fd, LM_UFFDIO_POISON, start, NULL, stop - start, page);
+            space->failed += (stop - start) / page;
+        }
+        if (error != -EAGAIN)
+            wake(space, start, stop - start);
+    }
+    return error == -EAGAIN ? error : 0;
+}
+
+/* ---- events ---- */
+
+static void keep_fault_locked(struct space *space, uint64_t address)
+{
+    if (space->fault_count == space->fault_capacity) {
+        size_t capacity = space->fault_capacity == 0 ? LM_MESSAGES : 2 * space->fault_capacity;
+        void *memory = realloc(space->faults, capacity * sizeof *space->faults);
+
+        if (memory == NULL) { /* it faults again, and we look again */
+            wake(space, address & ~(uint64_t)(lm_sys_page_size() - 1), lm_sys_page_size());
+            return;
+        }
+        space->faults = memory;
+        space->fault_capacity = capacity;
+    }
+    space->faults[space->fault_count++] = (struct fault){ .address = address, .since = lm_sys_now_ns() };
+    space->fault_total++;
+}
+
+/* What its owner did cannot be recorded: nothing of the space is believed any more, and what is missing raises a
+ * signal rather than show what may not be there. */
+static void disbelieve_locked(struct space *space)
+{
+    lm_space_clear(&space->table);
+}
+
+static int adopt_child_locked(struct space *parent, int fd)
+{
+    struct space *child;
+    int error;
+
+    fd = lm_sys_above_standard(fd);
+    error = fd < 0 ? fd : make_space(fd, parent->id, &child);
+    if (error < 0)
+        return error;
+    child->follows = parent->follows;
+    child->left = true; /* it has no connection */
+    if (lm_space_copy(&child->table, &parent->table) < 0)
+        disbelieve_locked(child);
+    pthread_mutex_unlock(&child->lock);
+    error = lm_sys_watch(pager.poller, fd, EPOLLIN | EPOLLET, child->id);
+    if (error < 0)
+        drop(child);
+    leave(child);
+    return error;
+}
+
+static void note_locked(struct space *space, const struct lm_uffd_message *message)
+{
+    bool confused = false;
+    int error = 0;
+
+    switch (message->event) {
+    case LM_UFFD_EVENT_FORK:
+        (void)adopt_child_locked(space, (int)message->child);
+        break;
+    case LM_UFFD_EVENT_REMAP:
+        error = lm_space_move(&space->table, message->from, message->to, message->length, &confused);
+        break;
+    case LM_UFFD_EVENT_REMOVE:
+        error = lm_space_remove(&space->table, message->start, message->end);
+        break;
+    case LM_UFFD_EVENT_UNMAP:
+        error = lm_space_unmap(&space->table, message->start, message->end);
+        break;
+    default:
+        break;
+    }
+    if (error < 0)
+        disbelieve_locked(space);
+}
+
+/* Read all that the kernel has to say, and record it. */
+static void drain_locked(struct space *space)
+{
+    struct lm_uffd_message messages[LM_MESSAGES];
+    int count, i;
+
+    do {
+        count = lm_sys_read(space->fd, messages, sizeof messages);
+        count = count < 0 ? 0 : count / (int)sizeof *messages;
+        for (i = 0; i < count; i++) {
+            if (messages[i].event == LM_UFFD_EVENT_PAGEFAULT)
+                keep_fault_locked(space, messages[i].address);
+            else
+                note_locked(space, &messages[i]);
+        }
+    } while (count > 0);
+}
+
+/* ---- faults ---- */
+
+static void count_latency_locked(struct space *space, uint64_t since)
+{
+    int bucket = 63 - __builtin_clzll((lm_sys_now_ns() - since) | 1);
+
+    space->latency[bucket < LM_LATENCY_BUCKETS ? bucket : LM_LATENCY_BUCKETS - 1]++;
+}
+
+/* False: there is no memory for it. */
+static bool wait_for(const struct waiter *waiter)
+{
+    bool added = true;
+    size_t i;
+
+    pthread_mutex_lock(&pager.lock);
+    for (i = 0; i < pager.waiter_count; i++) {
+        struct waiter *other = &pager.waiters[i];
+
+        if (other->space == waiter->space && other->region == waiter->region && other->first == waiter->first &&
+            other->end == waiter->end)
+            goto done; /* the whole of the chunks is delivered to the space at once */
+    }
+    if (pager.waiter_count == pager.waiter_capacity) {
+        size_t capacity = pager.waiter_capacity == 0 ? 256 : 2 * pager.waiter_capacity;
+        void *memory = realloc(pager.waiters, capacity * sizeof *pager.waiters);
+
+        added = memory != NULL;
+        if (added) {
+            pager.waiters = memory;
+            pager.waiter_capacity = capacity;
+        }
+    }
+    if (added) {
+        waiter->space->users++;
+        pager.waiters[pager.waiter_count++] = *waiter;
+    }
+done:
+    pthread_mutex_unlock(&pager.lock);
+    return added;
+}
+
+static void ask_again(void)
+{
+    pthread_mutex_lock(&pager.lock);
+    pager.again = true;
+    pthread_mutex_unlock(&pager.lock);
+    if (pager.bell >= 0)
+        lm_sys_ring(pager.bell, 1);
+}
+
+/* Have the engine bring what is away of chunks [first, end). False: there is no room for more wishes. */
+static bool wish(struct wishes *wishes, const struct waiter *waiter)
+{
+    uint64_t i;
+
+    for (i = waiter->first; i < waiter->end; i++) {
+        if (look(waiter->region, i) == LM_CHUNK_THERE || look(waiter->region, i) == LM_CHUNK_ZEROS)
+            continue;
+        if (wishes->count == LM_MESSAGES)
+            return false;
+        wishes->of[wishes->count++] =
+            (struct wish){ .region = waiter->region, .offset = i << waiter->region->table.chunk_shift };
+    }
+    return true;
+}
+
+/* One fault: served now, or it waits. -EAGAIN: events have to be read first. */
+static int take_fault_locked(struct space *space, const struct fault *fault, struct wishes *wishes)
+{
+    const struct lm_space_piece *piece = lm_space_find(&space->table, fault->address);
+    struct waiter waiter = { .space = space, .address = fault->address, .since = fault->since };
+    uint64_t at, offset, page;
+    enum chunk_is what;
+    int error;
+
+    if (piece == NULL) { /* what mremap added, or what we have lost track of: not the snapshot's bytes */
+        page = lm_sys_page_size();
+        at = fault->address & ~(page - 1);
+        error = lm_uffd_fill(space->fd, LM_UFFDIO_POISON, at, NULL, page, page);
+        if (error != -EAGAIN) {
+            space->failed++;
+            wake(space, at, page);
+        }
+        return error == -EAGAIN ? error : 0;
+    }
+    page = piece->page;
+    at = fault->address & ~(page - 1);
+    if (piece->show == LM_SHOW_ZERO) {
+        error = fill(space, piece, at, page, true);
+        if (error != -EAGAIN) {
+            wake(space, at, page);
+            count_latency_locked(space, fault->since);
+        }
+        return error == -EAGAIN ? error : 0;
+    }
+    offset = piece->offset + (at - piece->at);
+    waiter.region = piece->region;
+    waiter.first = offset >> piece->region->table.chunk_shift;
+    waiter.end = ((offset + page - 1) >> piece->region->table.chunk_shift) + 1;
+    what = look_at_all(waiter.region, waiter.first, waiter.end);
+    if (what == LM_CHUNK_BAD) { /* it failed for others, before: it may have healed */
+        uint64_t i;
+
+        for (i = waiter.first; i < waiter.end; i++)
+            lm_table_reset(&waiter.region->table, i);
+        what = LM_CHUNK_AWAY;
+    }
+    if (what != LM_CHUNK_AWAY) {
+        error = deliver_locked(space, waiter.region, waiter.first, waiter.end, what);
+        if (error != -EAGAIN)
+            count_latency_locked(space, fault->since);
+        return error == -EAGAIN ? error : 0;
+    }
+    if (!wait_for(&waiter)) {
+        wake(space, at, page);
+        return 0;
+    }
+    return wish(wishes, &waiter) ? 0 : -ENOBUFS;
+}
+
+static void grant(struct wishes *wishes)
+{
+    unsigned i;
+
+    for (i = 0; i < wishes->count; i++)
+        lm_engine_take_up(wishes->of[i].region, wishes->of[i].offset);
+    wishes->count = 0;
+}
+
+/* Read what there is to be read of a space, and serve what can be served at once. */
+static void serve(struct space *space)
+{
+    struct wishes wishes = { .count = 0 };
+    int rounds = 0, error;
+    bool more;
+
+    do {
+        pthread_mutex_lock(&space->lock);
+        drain_locked(space);
+        error = 0;
+        while (space->fault_count > 0 && wishes.count < LM_MESSAGES / 2) {
+            struct fault fault = space->faults[--space->fault_count];
+
+            error = space->gone ? 0 : take_fault_locked(space, &fault, &wishes);
+            if (error == -EAGAIN) { /* keep it; whoever made the event has to run first */
+                space->faults[space->fault_count++] = fault;
+                break;
+            }
+            if (error == -ENOBUFS)
+                ask_again();
+        }
+        more = space->fault_count > 0;
+        pthread_mutex_unlock(&space->lock);
+        grant(&wishes);
+        if (error == -EAGAIN)
+            sched_yield();
+    } while (more && ++rounds < LM_ROUNDS);
+    if (more)
+        ask_again();
+}
+
+/* A waiter whose chunks are settled. False: it has to wait on. */
+static bool deliver(const struct waiter *waiter)
+{
+    struct space *space = waiter->space;
+    enum chunk_is what = look_at_all(waiter->region, waiter->first, waiter->end);
+    int rounds = 0, error;
+    bool faults;
+
+    if (what == LM_CHUNK_AWAY)
+        return false;
+    do {
+        pthread_mutex_lock(&space->lock);
+        error = space->gone ? 0 : deliver_locked(space, waiter->region, waiter->first, waiter->end, what);
+        if (error == -EAGAIN)
+            drain_locked(space);
+        else
+            count_latency_locked(space, waiter->since);
+        faults = space->fault_count > 0;
+        pthread_mutex_unlock(&space->lock);
+        if (error == -EAGAIN)
+            sched_yield();
+    } while (error == -EAGAIN && ++rounds < LM_ROUNDS);
+    if (faults)
+        ask_again();
+    return error != -EAGAIN;
+}
+
+/* Take the waiters out that `chunk` of a region matters to, or all; deliver, and put back who has to wait on. */
+static void settle(struct lm_region *region, uint64_t chunk)
+{
+    struct waiter *taken = NULL;
+    size_t count = 0, kept = 0, i;
+
+    pthread_mutex_lock(&pager.lock);
+    for (i = 0; i < pager.waiter_count; i++) {
+        const struct waiter *one = &pager.waiters[i];
+
+        count += region == NULL || (one->region == region && one->first <= chunk && chunk < one->end);
+    }
+    if (count > 0)
+        taken = malloc(count * sizeof *taken);
+    if (taken != NULL) {
+        count = 0;
+        for (i = 0; i < pager.waiter_count; i++) {
+            const struct waiter *one = &pager.waiters[i];
+
+            if (region == NULL || (one->region == region && one->first <= chunk && chunk < one->end))
+                taken[count++] = *one;
+            else
+                pager.waiters[kept++] = *one;
+        }
+        pager.waiter_count = kept;
+    } else if (count > 0) {
+        pager.again = true;
+        count = 0;
+    }
+    pthread_mutex_unlock(&pager.lock);
+    for (i = 0; i < count; i++) {
+        struct wishes wishes = { .count = 0 };
+
+        if (!deliver(&taken[i])) {
+            if (!wait_for(&taken[i]))
+                wake(taken[i].space, taken[i].address & ~(uint64_t)(lm_sys_page_size() - 1), lm_sys_page_size());
+            if (look_at_all(taken[i].region, taken[i].first, taken[i].end) != LM_CHUNK_AWAY)
+                ask_again();
+            (void)wish(&wishes, &taken[i]);
+            grant(&wishes);
+        }
+        leave(taken[i].space);
+    }
+    free(taken);
+}
+
+void lm_pager_settled(struct lm_region *region, uint64_t chunk, bool locked)
+{
+    if (locked)
+        ask_again();
+    else
+        settle(region, chunk);
+}
+
+/* ---- threads ---- */
+
+/* Processes end without a word. */
+static void look_for_ends(void)
+{
+    struct space **all, *space;
+    size_t count = 0, i;
+
+    pthread_mutex_lock(&pager.lock);
+    all = malloc((pager.space_count + 1) * sizeof *all);
+    for (space = pager.spaces; space != NULL && all != NULL; space = space->next) {
+        space->users++;
+        all[count++] = space;
+    }
+    pthread_mutex_unlock(&pager.lock);
+    for (i = 0; i < count; i++) {
+        bool over;
+
+        serve(all[i]);
+        pthread_mutex_lock(&all[i]->lock);
+        over = lm_uffd_is_over(all[i]->fd) || (all[i]->left && all[i]->table.count == 0);
+        all[i]->gone |= over;
+        pthread_mutex_unlock(&all[i]->lock);
+        if (over)
+            drop(all[i]);
+        leave(all[i]);
+    }
+    free(all);
+}
+
+static bool is_time(bool *ret_again)
+{
+    uint64_t now = lm_sys_now_ns();
+    bool due;
+
+    pthread_mutex_lock(&pager.lock);
+    *ret_again = pager.again;
+    pager.again = false;
+    due = *ret_again || now - pager.looked_ns > (uint64_t)LM_IDLE_MS * 1000000u;
+    if (due)
+        pager.looked_ns = now;
+    pthread_mutex_unlock(&pager.lock);
+    return due;
+}
+
+static void *run(void *argument)
+{
+    struct lm_worker *worker = argument;
+    uint64_t rings;
+    uint32_t tag;
+    bool again = false;
+
+    for (;;) {
+        struct space *space;
+        int ready;
+
+        (void)lm_engine_work(worker);
+        if (pager.stopping)
+            return NULL;
+        ready = lm_sys_await_for(pager.poller, again ? LM_AGAIN_MS : LM_IDLE_MS, &tag);
+        if (ready < 0)
+            return NULL;
+        if (ready > 0 && tag == LM_BELL) {
+            (void)lm_sys_read(pager.bell, &rings, sizeof rings);
+        } else if (ready > 0 && (space = use(tag)) != NULL) {
+            serve(space);
+            leave(space);
+        }
+        if (is_time(&again)) {
+            if (again)
+                settle(NULL, 0);
+            look_for_ends();
+        }
+    }
+}
+
+int lm_pager_start(int threads)
+{
+    int cpus = lm_sys_cpu_count(), error, i;
+    void *zeros;
+
+    if (pager.running)
+        return -EALREADY;
+    pager.stopping = false;
+    pager.thread_count = 0;
+    threads = threads > 0 ? threads : cpus;
+    threads = threads < 2 ? 2 : threads > 8 ? 8 : threads;
+    error = pager.zeros == NULL ? lm_sys_alloc(LM_HUGE, &zeros) : 0;
+    if (error < 0)
+        return error;
+    if (pager.zeros == NULL)
+        pager.zeros = zeros;
+    pager.poller = lm_sys_poller();
+    pager.bell = pager.poller < 0 ? pager.poller : lm_sys_bell();
+    error = pager.bell < 0 ? pager.bell : lm_sys_watch(pager.poller, pager.bell, EPOLLIN, LM_BELL);
+    for (i = 0; i < threads && error == 0; i++) {
+        error = lm_worker_init(&pager.workers[i]);
+        if (error == 0)
+            error = lm_sys_thread_start(&pager.threads[i], run, &pager.workers[i]);
+        pager.thread_count += error == 0;
+    }
+    pager.running = true;
+    if (error < 0)
+        lm_pager_stop();
+    return error;
+}
+
+void lm_pager_stop(void)
+{
+    int i;
+
+    if (!pager.running)
+        return;
+    pager.stopping = true;
+    lm_sys_ring(pager.bell, LM_PAGER_THREADS);
+    for (i = 0; i < pager.thread_count; i++) {
+        pthread_join(pager.threads[i], NULL);
+        lm_worker_destroy(&pager.workers[i]);
+    }
+    lm_sys_close(pager.bell);
+    lm_sys_close(pager.poller);
+    pager.bell = pager.poller = -1;
+    pager.running = false;
+}
+
+/* ---- what the control plane asks ---- */
+
+int lm_pager_open_space(int uffd, int agree, uint32_t *ret_space, uint32_t *ret_features)
+{
+    uint64_t features = 0;
+    struct space *space;
+    int fd, error;
+
+    if (!pager.running)
+        return -ESHUTDOWN;
+    if (!lm_uffd_is_one(uffd) && !agree)
+        return -EBADF;
+    if (agree) {
+        error = lm_uffd_agree(uffd, LM_NEEDED, LM_WANTED, &features);
+        if (error < 0)
+            return error;
+    }
+    fd = lm_sys_dup(uffd);
+    if (fd < 0)
+        return fd;
+    error = make_space(fd, 0, &space);
+    if (error < 0)
+        return error;
+    space->follows = (features & LM_UFFD_FEATURE_EVENT_FORK) != 0;
+    pthread_mutex_unlock(&space->lock);
+    error = lm_sys_watch(pager.poller, fd, EPOLLIN | EPOLLET, space->id);
+    *ret_space = space->id;
+    *ret_features = space->follows ? LM_PAGER_FOLLOWS_FORK : 0;
+    if (error < 0)
+        drop(space);
+    leave(space);
+    return error;
+}
+
+static int check_range(uint64_t address, uint64_t length, const struct lm_region *region, uint64_t offset,
+                       uint32_t page)
+{
+    uint64_t limit = UINT64_C(1) << 56;
+
+    if ((page != lm_sys_page_size() && page != LM_HUGE) || length == 0 || ((address | length | offset) & (page - 1)) ||
+        address > limit || length > limit - address || offset > region->size || length > region->size - offset)
+        return -EINVAL;
+    return 0;
+}
+
+int lm_pager_map(uint32_t id, uint64_t address, uint64_t length, lm_region *region, uint64_t offset, uint32_t page,
+                 uint32_t flags)
+{
+    struct lm_space_piece piece = { .at = address, .length = length, .offset = offset, .region = region, .page = page };
+    struct space *space;
+    uint64_t ioctls;
+    int error;
+
+    piece.show = flags & LM_PAGER_IS_ZERO ? LM_SHOW_ZERO
+                 : (flags & LM_PAGER_SHARED) && !(flags & LM_PAGER_ADOPT) ? LM_SHOW_SHARED
+                                                                         : LM_SHOW_COPY;
+    piece.forgets = (flags & LM_PAGER_REMOVED_ZERO) != 0;
+    error = region->pages == &lm_pages_stock ? check_range(address, length, region, offset, page) : -EINVAL;
+    if (error < 0)
+        return error;
+    space = use(id);
+    if (space == NULL)
+        return -ESRCH;
+    pthread_mutex_lock(&space->lock);
+    error = lm_space_add(&space->table, &piece);
+    pthread_mutex_unlock(&space->lock);
+    if (error == 0 && !(flags & LM_PAGER_ADOPT)) {
+        error = flags & LM_PAGER_SHARED ? lm_uffd_register_minor(space->fd, address, length, &ioctls)
+                                        : lm_uffd_register(space->fd, address, length, &ioctls);
+        if (error < 0) {
+            pthread_mutex_lock(&space->lock);
+            (void)lm_space_unmap(&space->table, address, address + length);
+            pthread_mutex_unlock(&space->lock);
+        }
+    }
+    if (error == 0)
+        wake(space, address, length);
+    leave(space);
+    return error;
+}
+
+void lm_pager_leave_space(uint32_t id)
+{
+    struct space *space = use(id);
+
+    if (space == NULL)
+        return;
+    pthread_mutex_lock(&space->lock);
+    space->left = true;
+    pthread_mutex_unlock(&space->lock);
+    leave(space);
+}
+
+void lm_pager_close_space(uint32_t id)
+{
+    struct space *space = use(id);
+
+    if (space == NULL)
+        return;
+    pthread_mutex_lock(&space->lock);
+    space->gone = true;
+    pthread_mutex_unlock(&space->lock);
+    drop(space);
+    leave(space);
+}
+
+static void report(struct space *space, lm_space_report *out)
+{
+    size_t i;
+
+    pthread_mutex_lock(&space->lock);
+    *out = (lm_space_report){ .space = space->id,
+                              .parent = space->parent,
+                              .features = space->follows ? LM_PAGER_FOLLOWS_FORK : 0,
+                              .left = space->left,
+                              .pieces = space->table.count,
+                              .faults = space->fault_total,
+                              .served = space->served,
+                              .failed = space->failed };
+    memcpy(out->latency, space->latency, sizeof out->latency);
+    for (i = 0; i < space->table.count; i++)
+        out->mapped += space->table.pieces[i].length;
+    pthread_mutex_unlock(&space->lock);
+    pthread_mutex_lock(&pager.lock);
+    for (i = 0; i < pager.waiter_count; i++)
+        out->waiting += pager.waiters[i].space == space;
+    pthread_mutex_unlock(&pager.lock);
+}
+
+uint32_t lm_pager_spaces(lm_space_report *out, uint32_t capacity)
+{
+    uint32_t *ids = calloc(capacity + 1, sizeof *ids), count = 0, i, total;
+    struct space *space;
+
+    pthread_mutex_lock(&pager.lock);
+    for (space = pager.spaces; space != NULL && ids != NULL && count < capacity; space = space->next)
+        ids[count++] = space->id;
+    total = pager.space_count;
+    pthread_mutex_unlock(&pager.lock);
+    for (i = 0; i < count; i++) {
+        space = use(ids[i]);
+        out[i] = (lm_space_report){ .space = 0 }; /* it went meanwhile */
+        if (space != NULL) {
+            report(space, &out[i]);
+            leave(space);
+        }
+    }
+    free(ids);
+    return total;
+}
+
+int64_t lm_pager_parts(uint32_t id, lm_space_part *out, uint64_t capacity)
+{
+    struct space *space = use(id);
+    uint64_t count = 0;
+
+    if (space == NULL)
+        return -ESRCH;
+    pthread_mutex_lock(&space->lock);
+    for (; count < space->table.count && count < capacity; count++) {
+        const struct lm_space_piece *piece = &space->table.pieces[count];
+
+        out[count] = (lm_space_part){ .address = piece->at,
+                                      .length = piece->length,
+                                      .offset = piece->offset,
+                                      .region = piece->region->serial,
+                                      .page = piece->page,
+                                      .flags = (piece->show == LM_SHOW_SHARED ? LM_PAGER_SHARED : 0) |
+                                               (piece->show == LM_SHOW_ZERO ? LM_PAGER_IS_ZERO : 0) |
+                                               (piece->forgets ? LM_PAGER_REMOVED_ZERO : 0) };
+    }
+    count = space->table.count;
+    pthread_mutex_unlock(&space->lock);
+    leave(space);
+    return (int64_t)count;
+}
+
+int lm_pager_descriptor(uint32_t id)
+{
+    struct space *space = use(id);
+    int fd;
+
+    if (space == NULL)
+        return -ESRCH;
+    fd = lm_sys_dup(space->fd);
+    leave(space);
+    return fd;
+}
+
+uint64_t lm_region_serial(lm_region *region) { return region->serial; }
+
+int lm_region_descriptor(lm_region *region)
+{
+    return region->pages != &lm_pages_stock || region->stage.fd < 0 ? -EINVAL
+                                                                    : lm_sys_open_for_reading(region->stage.fd);
+}
+
+uint32_t lm_pager_users(lm_region *region)
+{
+    struct space **all, *space;
+    size_t count = 0, i, j;
+    uint32_t users = 0;
+
+    pthread_mutex_lock(&pager.lock);
+    all = malloc((pager.space_count + 1) * sizeof *all);
+    for (i = 0; i < pager.waiter_count; i++)
+        users += pager.waiters[i].region == region;
+    for (space = pager.spaces; space != NULL && all != NULL; space = space->next) {
+        space->users++;
+        all[count++] = space;
+    }
+    pthread_mutex_unlock(&pager.lock);
+    if (all == NULL)
+        return 1;
+    for (i = 0; i < count; i++) {
+        bool uses = false;
+
+        pthread_mutex_lock(&all[i]->lock);
+        for (j = 0; j < all[i]->table.count && !uses; j++)
+            uses = all[i]->table.pieces[j].region == region;
+        pthread_mutex_unlock(&all[i]->lock);
+        users += uses;
+        leave(all[i]);
+    }
+    free(all);
+    return users;
+}
+
+/* ---- the twin ---- */
+
+/* Clients hear that the pager is dead when its sockets are closed. Spaces with a client alive may have a new
+ * pager meanwhile; that the twin holds them, too, does no harm. */
+static bool is_wanted(int fd)
+{
+    return lm_uffd_is_one(fd) && !lm_uffd_is_over(fd);
+}
+
+int lm_pager_start_twin(void)
+{
+    return lm_sys_start_twin(is_wanted);
+}

@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * pager.h: serves the memory of other processes: their faults -> chunks of regions of ours -> their pages.
+ *
+ * A *space* is one userfaultfd, hence one address space; a child of a fork that the kernel tells of becomes a
+ * space of its own. What lies where in it: space.h. The chunks come from regions whose backend is
+ * LM_BACKEND_STOCK, by the same engine as ever: a fault makes demand, and the engine says when it is settled.
+ *
+ * Locks: a space's `lock`, then `pager.lock`; never the other way, and neither while the engine's is taken or
+ * asked for. Whoever holds a space's lock may read its userfaultfd, and records what is read before letting
+ * go: so nothing is put in place by an order of events that is out of date. Faults carry no process, and
+ * nothing here asks for one.
+ */
+#ifndef LM_PAGER_H
+#define LM_PAGER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "lazymem.h"
+
+/* pages_stock.c: a chunk is present, poisoned, or absent again. locked: the engine's lock is held. */
+void lm_pager_settled(struct lm_region *region, uint64_t chunk, bool locked);
+
+/* CFFI-BEGIN */
+
+/* ---- the pager ---- */
+int lm_pager_start(int threads); /* 0: one a processor, 2 to 8 */
+void lm_pager_stop(void);        /* spaces stay as they are; whoever waits goes on waiting */
+
+/* A space for a userfaultfd, which is duplicated. agree: nobody has made its handshake (UFFDIO_API) yet.
+ * *ret_features: LM_PAGER_FOLLOWS_FORK. */
+int lm_pager_open_space(int uffd, int agree, uint32_t *ret_space, uint32_t *ret_features);
+/* Have memory of the space show the region from `offset` on. flags: LM_PAGER_SHARED, _REMOVED_ZERO, _ADOPT; or
+ * LM_PAGER_IS_ZERO, which only comes of a handover. Whoever waits there already is served. */
+#define LM_PAGER_IS_ZERO 0x100
+int lm_pager_map(uint32_t space, uint64_t address, uint64_t length, lm_region *region, uint64_t offset,
+                 uint32_t page, uint32_t flags);
+/* Its connection has ended: it goes as soon as its memory, or its process, has. */
+void lm_pager_leave_space(uint32_t space);
+/* Stop serving it. Whoever waits is somebody else's to serve. */
+void lm_pager_close_space(uint32_t space);
+
+typedef struct {
+    uint32_t space, parent; /* parent: of a child of a fork; 0: none */
+    uint32_t features;      /* LM_PAGER_FOLLOWS_FORK */
+    uint32_t left;          /* its connection has ended */
+    uint64_t mapped;        /* bytes that show something */
+    uint64_t pieces;
+    uint64_t faults;
+    uint64_t served;        /* bytes put in place */
+    uint64_t waiting;       /* faults that wait for a chunk */
+    uint64_t failed;        /* pages that raise a signal */
+    uint64_t latency[32];   /* as of lm_stats: message read -> pages in place */
+} lm_space_report;
+/* Of at most `capacity` spaces; returns how many there are. */
+uint32_t lm_pager_spaces(lm_space_report *out, uint32_t capacity);
+
+typedef struct {
+    uint64_t address, length, offset;
+    uint64_t region; /* its serial number: lm_region_serial */
+    uint32_t page, flags; /* as of lm_pager_map */
+} lm_space_part;
+/* What lies where; returns how many parts there are, or -ESRCH. */
+int64_t lm_pager_parts(uint32_t space, lm_space_part *out, uint64_t capacity);
+/* A duplicate of its userfaultfd, or -ESRCH. */
+int lm_pager_descriptor(uint32_t space);
+uint64_t lm_region_serial(lm_region *region);
+/* Of LM_BACKEND_STOCK: a descriptor of its memory, for reading. */
+int lm_region_descriptor(lm_region *region);
+/* Spaces that show something of the region. Where there are none it may be closed. */
+uint32_t lm_pager_users(lm_region *region);
+
+/* A process that keeps all descriptors of this one open: if this one dies, however that is, no page of a
+ * child of a client's reads as zeros; its touches wait. It ends when all those processes have. */
+int lm_pager_start_twin(void);
+
+/* CFFI-END */
+
+#endif

@@ -1,0 +1,89 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * pages_stock.c: chunks of a snapshot for other processes, each decoded once, in a memfd that they may map.
+ *
+ * Bytes are made where they are to lie. The pages of a chunk are in the memfd before they are right, but none
+ * of them is in anybody's memory before: clients map it with a userfaultfd that makes every page wait for the
+ * pager's word (MINOR), and the pager gives it for chunks that are present.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sys/mman.h>
+
+#include "engine.h"
+#include "pager.h"
+#include "pages.h"
+#include "sys.h"
+
+int lm_pages_stock_attach(struct lm_region *region)
+{
+    int fd = lm_sys_shared_memory(region->size);
+    int error = fd < 0 ? fd : lm_sys_identify(fd, &region->stage.file);
+
+    /* Whoever gets a descriptor for reading must not open another one for writing by it (/proc/self/fd). */
+    if (error >= 0)
+        error = lm_sys_make_private(fd);
+    if (error >= 0)
+        error = lm_sys_map_fixed(region->base, region->size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (error < 0) {
+        if (fd >= 0)
+            lm_sys_close(fd);
+        return error;
+    }
+    region->stage.fd = fd;
+    return 0;
+}
+
+void lm_pages_stock_detach(struct lm_region *region)
+{
+    if (region->stage.fd >= 0)
+        lm_sys_close(region->stage.fd);
+    region->stage.fd = -1;
+}
+
+static int stock_install(struct lm_region *region, uint64_t chunk, const unsigned char *bytes, bool by_move)
+{
+    (void)region, (void)chunk, (void)bytes, (void)by_move;
+    return 0;
+}
+
+static void stock_wake(struct lm_region *region, uint64_t chunk, bool locked)
+{
+    lm_pager_settled(region, chunk, locked);
+}
+
+/* Clients are told by what the chunk's state is. */
+static int stock_poison(struct lm_region *region, uint64_t chunk)
+{
+    (void)region, (void)chunk;
+    return 0;
+}
+
+/* Nothing of ours is: its pages are for good. */
+static bool stock_was_given_back(uintptr_t address)
+{
+    (void)address;
+    return false;
+}
+
+static int stock_evict(struct lm_region *region, uint64_t chunk)
+{
+    (void)region, (void)chunk;
+    return -EOPNOTSUPP; /* somebody may have its pages mapped */
+}
+
+static int stock_revive(struct lm_region *region, int error)
+{
+    (void)region, (void)error;
+    return -EOPNOTSUPP; /* the pager does not fork */
+}
+
+const struct lm_pages lm_pages_stock = {
+    .in_place = true,
+    .install = stock_install,
+    .wake = stock_wake,
+    .poison = stock_poison,
+    .was_given_back = stock_was_given_back,
+    .evict = stock_evict,
+    .revive = stock_revive,
+};

@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * sys_pager.c: the part of sys.h that only the pager and its clients call; a process without either never does.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "sys.h"
+
+int lm_sys_unblock(int fd)
+{
+    return fcntl(fd, F_SETFL, O_NONBLOCK) < 0 ? -errno : 0;
+}
+
+int lm_sys_make_private(int fd)
+{
+    return fchmod(fd, 0600) < 0 ? -errno : 0;
+}
+
+int lm_sys_open_for_reading(int fd)
+{
+    char path[64];
+
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return lm_sys_open(path, O_RDONLY);
+}
+
+/* ---- sockets with a path ---- */
+
+int lm_sys_connect(const char *path, int patience_ms)
+{
+    struct sockaddr_un address = { .sun_family = AF_UNIX };
+    struct timeval patience = { .tv_sec = patience_ms / 1000, .tv_usec = patience_ms % 1000 * 1000 };
+    int error, fd;
+
+    if (strlen(path) >= sizeof address.sun_path)
+        return -ENAMETOOLONG;
+    fd = lm_sys_above_standard(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    if (fd < 0)
+        return fd;
+    memcpy(address.sun_path, path, strlen(path));
+    if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience) == 0 &&
+        connect(fd, (struct sockaddr *)&address, sizeof address) == 0)
+        return fd;
+    error = -errno;
+    lm_sys_close(fd);
+    return error;
+}
+
+int lm_sys_exchange(int fd, const void *question, size_t length, int descriptor, void *answer, size_t room)
+{
+    union { struct cmsghdr align; char bytes[CMSG_SPACE(sizeof(int))]; } control;
+    struct iovec part = { .iov_base = (void *)(uintptr_t)question, .iov_len = length };
+    struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
+    ssize_t got;
+
+    memset(&control, 0, sizeof control);
+    if (descriptor >= 0) {
+        struct cmsghdr *header;
+
+        message.msg_control = control.bytes;
+        message.msg_controllen = sizeof control.bytes;
+        header = CMSG_FIRSTHDR(&message);
+        header->cmsg_level = SOL_SOCKET;
+        header->cmsg_type = SCM_RIGHTS;
+        header->cmsg_len = CMSG_LEN(sizeof(int));
+        memcpy(CMSG_DATA(header), &descriptor, sizeof descriptor);
+    }
+    if (sendmsg(fd, &message, MSG_NOSIGNAL) < 0)
+        return -errno;
+    got = recv(fd, answer, room, 0); /* a descriptor that comes along is not taken */
+    return got < 0 ? -errno : (int)got;
+}
+
+static int poll_one(int fd, short events, int timeout_ms)
+{
+    struct pollfd one = { .fd = fd, .events = events };
+
+    return poll(&one, 1, timeout_ms) > 0 ? one.revents : 0;
+}
+
+bool lm_sys_has_hung_up(int fd, int timeout_ms)
+{
+    return (poll_one(fd, 0, timeout_ms) & (POLLHUP | POLLERR | POLLNVAL)) != 0;
+}
+
+void lm_sys_await_input(int fd, int timeout_ms)
+{
+    (void)poll_one(fd, POLLIN, timeout_ms);
+}
+
+void lm_sys_pause(int us)
+{
+    (void)usleep((useconds_t)us);
+}
+
+/* ---- a process that shares this one's descriptors ---- */
+
+/* Close all but those that `keeps` says yes to. How many those are. */
+static int close_others(bool (*keeps)(int))
+{
+    DIR *folder = opendir("/proc/self/fd");
+    struct dirent *entry;
+    int kept = 0;
+
+    if (folder == NULL)
+        return 1;
+    while ((entry = readdir(folder)) != NULL) {
+        int fd = atoi(entry->d_name);
+
+        if (entry->d_name[0] == '.' || fd == dirfd(folder))
+            continue;
+        if (keeps(fd))
+            kept++;
+        else
+            (void)close(fd);
+    }
+    closedir(folder);
+    return kept;
+}
+
+int lm_sys_start_twin(bool (*keeps)(int))
+{
+    int self = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    long pid;
+
+    if (self < 0)
+        return -errno;
+    pid = syscall(SYS_clone, CLONE_FILES | SIGCHLD, NULL, NULL, NULL, NULL);
+    if (pid != 0)
+        return pid < 0 ? -errno : (int)pid;
+    (void)setsid();
+    while (poll_one(self, POLLIN, -1) == 0)
+        ;
+    while (close_others(keeps) > 0)
+        (void)sleep(1);
+    _exit(0);
+}

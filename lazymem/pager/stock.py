@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The snapshots that a pager has open: each once, in memory that its clients share."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from .._native import NativeError, NativeRegion
+from .._native import pager as native
+from ..catalog import Catalog
+from ..errors import OptionError, OutOfMemory, SnapshotChanged
+from ..options import OpenOptions, StoreOptions
+from ..region import open_stock
+from ..snapshot import load
+from ..store import locations
+from ..store.base import Blob
+
+_WAIT_MS: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a client asks for. identities: of the files that it read the index from, or empty."""
+
+    location: str
+    as_format: str | None = None
+    chunk_size: int | None = None
+    storage_options: Mapping[str, Any] | None = None
+    identities: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, asked: Mapping[str, Any]) -> Wanted:
+        """Raises `OptionError` for what cannot be one."""
+        location, options = asked.get("url"), asked.get("storage_options")
+        identities, form, chunk = asked.get("identities", []), asked.get("as_format"), asked.get("chunk_size")
+        if not isinstance(location, str) or not location or "\0" in location:
+            raise OptionError("the question names no url")
+        if options is not None and not isinstance(options, dict):
+            raise OptionError("storage_options is no object")
+        if not isinstance(identities, list) or not all(isinstance(one, str) for one in identities):
+            raise OptionError("identities is no list of strings")
+        if not isinstance(form, str | None) or not isinstance(chunk, int | None) or isinstance(chunk, bool):
+            raise OptionError("as_format or chunk_size is of a wrong kind")
+        if locations.scheme_of(location) is None and not os.path.isabs(locations.local_path(location)):
+            raise OptionError(
+                f"{location}: the pager has a working directory of its own; give an absolute path"
+            )
+        return cls(location, form, chunk, options, tuple(identities))
+
+
+class Stock:
+    """One open snapshot. users: connections that may still map it; counted by `Stocks`."""
+
+    def __init__(self, wanted: Wanted, threads: int | None) -> None:
+        options = OpenOptions(threads=threads)
+        if wanted.chunk_size is not None:
+            options = replace(options, chunk_size=wanted.chunk_size)
+        store = StoreOptions.from_environment(wanted.storage_options)
+        with ExitStack() as stack:
+            self.url, self.catalog, self.blobs = _load(wanted, options, store, stack)
+            self.identities = tuple(blob.identity for blob in self.blobs)
+            self._closing = stack.pop_all()
+        self.users = 0
+        self.memory: NativeRegion | None = None
+        self._options = options
+
+    def open(self) -> NativeRegion:
+        """Its memory. Raises as `region.open_stock`."""
+        if self.memory is None:
+            self.memory = open_stock(self.url, self.catalog, self.blobs, self._options)
+        return self.memory
+
+    @property
+    def content_size(self) -> int:
+        return self.catalog.layout([-1] * len(self.blobs)).content_size
+
+    def prefetch(self, offset: int, length: int, *, wait: bool) -> None:
+        """Raises `NativeError` with the chunk where one cannot be had."""
+        memory = self.open()
+        size = memory.chunk_size
+        first, end = offset // size, min(-(-(offset + length) // size), memory.chunk_count)
+        if first >= end:
+            return
+        memory.prefetch([(first, end - first)], urgent=wait)
+        cursor, done = first, not wait
+        while not done:
+            done, cursor = memory.wait(first, end - first, cursor, _WAIT_MS)
+
+    def why(self, offset: int) -> str:
+        """The reason why the chunk at `offset` could not be had, or ""."""
+        memory = self.open()
+        chunk = offset // memory.chunk_size
+        if chunk >= memory.chunk_count:
+            return ""
+        try:
+            memory.wait(chunk, 1, chunk, 0)
+        except NativeError as error:
+            name = self.catalog.name_at(chunk * memory.chunk_size, (chunk + 1) * memory.chunk_size)
+            where = f"chunk {chunk}" + (f" (array {name!r})" if name is not None else "")
+            return f"{self.url}: {where} cannot be read: {error}"
+        return ""
+
+    def close(self) -> None:
+        if self.memory is not None:
+            self.memory.close()
+        self._closing.close()
+
+
+def _load(
+    wanted: Wanted, options: OpenOptions, store: StoreOptions, stack: ExitStack
+) -> tuple[str, Catalog, tuple[Blob, ...]]:
+    url, catalog, blobs, _, _ = load(wanted.location, options, store, wanted.as_format, stack)
+    return url, catalog, blobs
+
+
+class Stocks:
+    """All of them. Threads may share it.
+
+    limit: bytes that the memory of all together may come to, should every chunk be touched; None: no limit.
+    """
+
+    def __init__(self, limit: int | None = None, threads: int | None = None) -> None:
+        self._limit = limit
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._open: list[Stock] = []
+
+    def get(self, wanted: Wanted) -> Stock:
+        """A snapshot, opened now or before; counted as used until `leave`. Blocks: it may lie far away.
+
+        Raises what `lazymem.open` raises, `SnapshotChanged` where it is not what the client read, and
+        `OutOfMemory` beyond the limit.
+        """
+        fresh = Stock(wanted, self._threads)
+        kept = False
+        try:
+            if wanted.identities and wanted.identities != fresh.identities:
+                raise SnapshotChanged(
+                    f"{fresh.url}: is another for the pager than for you; was it replaced? Open it again",
+                    url=fresh.url,
+                )
+            with self._lock:
+                for stock in self._open:
+                    if (stock.url, stock.identities) == (fresh.url, fresh.identities) and _same(stock, fresh):
+                        stock.users += 1
+                        return stock
+                memory = fresh.open()
+                taken = sum(one.memory.size for one in self._open if one.memory is not None)
+                if self._limit is not None and taken + memory.size > self._limit:
+                    raise OutOfMemory(
+                        f"{fresh.url}: takes {memory.size} bytes, and the pager may have {self._limit}, of "
+                        f"which {taken} are taken; raise its --memory"
+                    )
+                fresh.users = 1
+                self._open.append(fresh)
+                kept = True
+                return fresh
+        finally:
+            if not kept:
+                fresh.close()
+
+    def leave(self, stock: Stock) -> None:
+        """A connection that used it has ended."""
+        with self._lock:
+            stock.users -= 1
+
+    def sweep(self) -> None:
+        """Close what nobody maps and nobody may."""
+        with self._lock:
+            for stock in [one for one in self._open if one.users == 0]:
+                if stock.memory is None or native.users(stock.memory) == 0:
+                    self._open.remove(stock)
+                    stock.close()
+
+    def by_serial(self) -> dict[int, Stock]:
+        """The open ones by the core's number."""
+        with self._lock:
+            return {native.serial(one.memory): one for one in self._open if one.memory is not None}
+
+
+def _same(one: Stock, other: Stock) -> bool:
+    """Whether both lay the same bytes out in the same way."""
+    fds = [-1] * len(one.blobs)
+    mine, theirs = one.catalog.layout(fds), other.catalog.layout(fds)
+    return (mine.content_size, mine.chunk_size) == (theirs.content_size, theirs.chunk_size)

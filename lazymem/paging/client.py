@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lazymem's own client of the pager: memory of this process that another one serves.
+
+What the protocol asks of a client is done here once, at open; from then on the memory needs neither Python
+nor this connection (_native/attachment.h).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from typing import Any, Final
+
+from .._native import NativeError, NativeRegion
+from .._native import pager as native
+from ..catalog import Layout
+from ..errors import BackendUnavailable, PagerUnavailable, SnapshotChanged
+from ..fetcher.client import store_error
+from ..options import OpenOptions, pager_timeout
+from . import wire
+from .wire import Answer, Ask
+
+#: How long an answer may take: the pager may have to ask a store.
+_PATIENCE: Final = 120.0
+#: How long it may take to reach the pager: one that is being replaced is away for a moment.
+_MOMENT: Final = 2.0
+
+
+def connect(path: str, patience: float = _MOMENT) -> socket.socket:
+    """A connection to the pager at `path`. Raises `PagerUnavailable`."""
+    deadline = time.monotonic() + patience
+    while True:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.settimeout(_PATIENCE)
+            connection.connect(path)
+            return connection
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            connection.close()
+            if time.monotonic() > deadline:
+                raise PagerUnavailable(
+                    f"{path}: no pager listens there ({error.strerror}); start one: `lazymem pager serve "
+                    f"--socket {path}`"
+                ) from error
+            time.sleep(0.02)
+        except OSError as error:
+            connection.close()
+            raise PagerUnavailable(f"{path}: cannot be connected to: {error.strerror or error}") from error
+
+
+def ask(
+    connection: socket.socket, path: str, question: Ask, descriptor: int | None = None
+) -> tuple[Answer, int | None]:
+    """One question, and its answer with the descriptor that came along. Raises `PagerUnavailable`."""
+    try:
+        wire.send(connection, question.pack(), descriptor)
+        packet, received = wire.receive(connection)
+        if not packet:
+            raise PagerUnavailable(f"{path}: the pager ended while it was asked; is it still running?")
+        return wire.unpack_answer(packet), received
+    except wire.BadPacket as error:
+        raise PagerUnavailable(
+            f"{path}: what listens there does not speak as a pager does: {error}"
+        ) from None
+    except OSError as error:
+        raise PagerUnavailable(f"{path}: the pager does not answer: {error.strerror or error}") from error
+
+
+class Client:
+    """Opens one snapshot by a pager. wanted: the payload of OPEN."""
+
+    def __init__(self, path: str, url: str, wanted: Mapping[str, Any], options: OpenOptions) -> None:
+        self.path = os.path.abspath(path)
+        self.url = url
+        self._options = options
+        self._timeout = pager_timeout()
+        self.hello = Ask(wire.HELLO, id=1, flags=native.WANT_DEVICE)
+        self.open = Ask(wire.OPEN, id=2, payload=json.dumps(wanted).encode())
+
+    def attach(self, layout: Layout) -> NativeRegion:
+        """The memory. Raises `PagerUnavailable`, `BackendUnavailable`, and what the pager finds wrong."""
+        connection, device, opened, memfd = self._begin(_MOMENT)
+        try:
+            if opened.content != layout.content_size or memfd is None:
+                raise SnapshotChanged(
+                    f"{self.url}: is another for the pager than for you; was it replaced? Open it again",
+                    url=self.url,
+                )
+            return self._map(connection, device, opened, memfd)
+        finally:
+            connection.close()
+            for fd in (device, memfd):
+                if fd is not None:
+                    os.close(fd)
+
+    def _begin(self, patience: float) -> tuple[socket.socket, int | None, Answer, int | None]:
+        connection = connect(self.path, patience)
+        device: int | None = None
+        try:
+            hello, device = ask(connection, self.path, self.hello)
+            self.raise_if_failed(hello)
+            self._follows_fork = bool(hello.flags & native.FOLLOWS_FORK)
+            opened, memfd = ask(connection, self.path, self.open)
+            if opened.code < 0 and memfd is not None:
+                os.close(memfd)
+            self.raise_if_failed(opened)
+            return connection, device, opened, memfd
+        except BaseException:
+            connection.close()
+            if device is not None:
+                os.close(device)
+            raise
+
+    def raise_if_failed(self, answer: Answer) -> None:
+        if answer.code == 0:
+            return
+        if answer.code in (-errno.EACCES, -errno.EPROTO):
+            raise PagerUnavailable(f"{self.path}: {answer.text}")
+        raise store_error(self.url, answer.code, answer.text)
+
+    def _map(self, connection: socket.socket, device: int | None, opened: Answer, memfd: int) -> NativeRegion:
+        size = opened.length
+        dropped = self._options.fork == "drop" or not self._follows_fork
+        try:
+            handle = native.open_paged(memfd, size, writable=self._options.mode == "c", dropped=dropped)
+        except NativeError as error:
+            raise PagerUnavailable(
+                f"{self.url}: {size} bytes of the pager's cannot be mapped: {error}"
+            ) from error
+        region = PagedRegion(handle, self)
+        try:
+            with native.userfaultfd(-1 if device is None else device) as (uffd, user_only):
+                mapping = Ask(wire.MAP, id=3, address=region.address, length=size, flags=native.SHARED)
+                mapped, extra = ask(connection, self.path, mapping, uffd)
+                if extra is not None:
+                    os.close(extra)
+                self.raise_if_failed(mapped)
+                region.user_only = user_only
+                region.attachment = native.Attachment(
+                    self.path, self.url, connection.fileno(), uffd,
+                    (self.hello.pack(), self.open.pack(), mapping.pack()), region.address, size,
+                    self._timeout,
+                )  # fmt: skip
+            native.admit(region)
+        except NativeError as error:
+            region.close()
+            raise BackendUnavailable(
+                f"{self.url}: memory for a pager to serve is not to be had here: {error}; `lazymem doctor` "
+                "says more"
+            ) from error
+        except BaseException:
+            region.close()
+            raise
+        return region
+
+
+class PagedRegion(NativeRegion):
+    """A region whose pages come from a pager. Its chunks, as far as anybody here sees them, are of 2 MiB."""
+
+    attachment: native.Attachment | None = None
+    user_only = False
+
+    def __init__(self, handle: Any, client: Client) -> None:
+        super().__init__(handle)
+        self._client = client
+        self._asked: tuple[tuple[int, int], socket.socket] | None = None
+
+    def prefetch(self, spans: Sequence[tuple[int, int]], *, urgent: bool) -> int:
+        """Have the pager bring them. What is waited for is asked for by `wait`."""
+        if not urgent and spans:
+            connection, device, _, memfd = self._client._begin(_MOMENT)
+            with closing(connection):
+                for fd in (device, memfd):
+                    if fd is not None:
+                        os.close(fd)
+                for first, count in spans:
+                    ask(connection, self._client.path, self._question(first, count, 0))
+        return len(spans)
+
+    def _question(self, first: int, count: int, flags: int) -> Ask:
+        begin = first * self.chunk_size
+        length = min(count * self.chunk_size, self.size - begin)
+        return Ask(wire.PREFETCH, id=4, offset=begin, length=length, flags=flags)
+
+    def wait(self, first: int, count: int, cursor: int, timeout_ms: int) -> tuple[bool, int]:
+        """As of any region: what is there already costs a question."""
+        if count == 0:
+            return True, first
+        if self._asked is None or self._asked[0] != (first, count):
+            self._forget()
+            connection, device, _, memfd = self._client._begin(self._client._timeout)
+            for fd in (device, memfd):
+                if fd is not None:
+                    os.close(fd)
+            self._asked = (first, count), connection
+            wire.send(connection, self._question(first, count, native.WAIT).pack())
+        connection = self._asked[1]
+        connection.settimeout(max(timeout_ms, 1) / 1000)
+        try:
+            packet, extra = wire.receive(connection)
+        except (TimeoutError, BlockingIOError):
+            return False, cursor
+        except OSError:
+            packet, extra = b"", None
+        if extra is not None:
+            os.close(extra)
+        self._forget()
+        if not packet:
+            return False, cursor  # the pager has died; the next one is asked
+        answer = wire.unpack_answer(packet)
+        if answer.code < 0:
+            raise NativeError(answer.code, answer.content // self.chunk_size, answer.text)
+        if not self.user_only:  # else the pages come when they are touched, one message a chunk
+            super().wait(first, count, first, 1 << 30)
+        return True, first + count
+
+    def _forget(self) -> None:
+        if self._asked is not None:
+            self._asked[1].close()
+            self._asked = None
+
+    def close(self) -> None:
+        """Unmap, and end the thread that keeps it."""
+        self._forget()
+        if self.attachment is not None:
+            self.attachment.leave()
+        super().close()
+        if self.attachment is not None:
+            self.attachment.close()
+            self.attachment = None
