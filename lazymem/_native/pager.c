@@ -34,6 +34,10 @@ struct space {
     bool follows; /* children of its process become spaces */
     unsigned users; /* under pager.lock */
     struct space *next; /* under pager.lock */
+    /* There is something to be read or to be looked at: whoever has the lock, or gets it next, does that. So no
+     * thread waits for a space's lock while others could be served: an owner that maps and unmaps without end
+     * keeps one thread busy, for a while, and not all of them. */
+    _Atomic bool dirty;
 
     pthread_mutex_t lock;
     bool left, gone;
@@ -168,6 +172,22 @@ static int make_space(int fd, uint32_t parent, struct space **ret_space)
     return 0;
 }
 
+static void ask_again(void)
+{
+    pthread_mutex_lock(&pager.lock);
+    pager.again = true;
+    pthread_mutex_unlock(&pager.lock);
+    if (pager.bell >= 0)
+        lm_sys_ring(pager.bell, 1);
+}
+
+static void unlock(struct space *space)
+{
+    pthread_mutex_unlock(&space->lock);
+    if (atomic_load(&space->dirty))
+        ask_again();
+}
+
 /* ---- pages ---- */
 
 static void wake(const struct space *space, uint64_t at, uint64_t length)
@@ -300,7 +320,7 @@ static int adopt_child_locked(struct space *parent, int fd)
     child->left = true; /* it has no connection */
     if (lm_space_copy(&child->table, &parent->table) < 0)
         disbelieve_locked(child);
-    pthread_mutex_unlock(&child->lock);
+    unlock(child);
     error = lm_sys_watch(pager.poller, fd, EPOLLIN | EPOLLET, child->id);
     if (error < 0)
         drop(child);
@@ -393,15 +413,6 @@ done:
     return added;
 }
 
-static void ask_again(void)
-{
-    pthread_mutex_lock(&pager.lock);
-    pager.again = true;
-    pthread_mutex_unlock(&pager.lock);
-    if (pager.bell >= 0)
-        lm_sys_ring(pager.bell, 1);
-}
-
 /* Have the engine bring what is away of chunks [first, end). False: there is no room for more wishes. */
 static bool wish(struct wishes *wishes, const struct waiter *waiter)
 {
@@ -481,62 +492,67 @@ static void grant(struct wishes *wishes)
     wishes->count = 0;
 }
 
-/* Read what there is to be read of a space, and serve what can be served at once. */
+/* One look at a space: what is to be read, and what can be served at once. -EAGAIN: somebody has to run first. */
+static int serve_locked(struct space *space, struct wishes *wishes)
+{
+    int error = 0;
+
+    drain_locked(space);
+    while (space->fault_count > 0 && wishes->count < LM_MESSAGES / 2) {
+        struct fault fault = space->faults[--space->fault_count];
+
+        error = space->gone ? 0 : take_fault_locked(space, &fault, wishes);
+        if (error == -EAGAIN) {
+            space->faults[space->fault_count++] = fault;
+            break;
+        }
+        if (error == -ENOBUFS)
+            ask_again();
+    }
+    if (space->fault_count > 0)
+        atomic_store(&space->dirty, true);
+    return error;
+}
+
 static void serve(struct space *space)
 {
     struct wishes wishes = { .count = 0 };
     int rounds = 0, error;
-    bool more;
 
-    do {
-        pthread_mutex_lock(&space->lock);
-        drain_locked(space);
-        error = 0;
-        while (space->fault_count > 0 && wishes.count < LM_MESSAGES / 2) {
-            struct fault fault = space->faults[--space->fault_count];
-
-            error = space->gone ? 0 : take_fault_locked(space, &fault, &wishes);
-            if (error == -EAGAIN) { /* keep it; whoever made the event has to run first */
-                space->faults[space->fault_count++] = fault;
-                break;
-            }
-            if (error == -ENOBUFS)
-                ask_again();
-        }
-        more = space->fault_count > 0;
+    atomic_store(&space->dirty, true);
+    while (atomic_load(&space->dirty) && rounds++ < LM_ROUNDS && pthread_mutex_trylock(&space->lock) == 0) {
+        atomic_store(&space->dirty, false);
+        error = serve_locked(space, &wishes);
         pthread_mutex_unlock(&space->lock);
         grant(&wishes);
         if (error == -EAGAIN)
             sched_yield();
-    } while (more && ++rounds < LM_ROUNDS);
-    if (more)
+    }
+    if (rounds > LM_ROUNDS)
         ask_again();
 }
 
-/* A waiter whose chunks are settled. False: it has to wait on. */
+/* A waiter whose chunks are settled. False: it has to wait on, or for its space. */
 static bool deliver(const struct waiter *waiter)
 {
     struct space *space = waiter->space;
     enum chunk_is what = look_at_all(waiter->region, waiter->first, waiter->end);
-    int rounds = 0, error;
-    bool faults;
+    int rounds = 0, error = -EAGAIN;
 
-    if (what == LM_CHUNK_AWAY)
-        return false;
-    do {
-        pthread_mutex_lock(&space->lock);
-        error = space->gone ? 0 : deliver_locked(space, waiter->region, waiter->first, waiter->end, what);
-        if (error == -EAGAIN)
-            drain_locked(space);
-        else
-            count_latency_locked(space, waiter->since);
-        faults = space->fault_count > 0;
-        pthread_mutex_unlock(&space->lock);
+    while (what != LM_CHUNK_AWAY && error == -EAGAIN && rounds++ < LM_ROUNDS) {
+        if (pthread_mutex_trylock(&space->lock) == 0) {
+            error = space->gone ? 0 : deliver_locked(space, waiter->region, waiter->first, waiter->end, what);
+            if (error == -EAGAIN)
+                drain_locked(space);
+            else
+                count_latency_locked(space, waiter->since);
+            if (space->fault_count > 0)
+                atomic_store(&space->dirty, true);
+            unlock(space);
+        }
         if (error == -EAGAIN)
             sched_yield();
-    } while (error == -EAGAIN && ++rounds < LM_ROUNDS);
-    if (faults)
-        ask_again();
+    }
     return error != -EAGAIN;
 }
 
@@ -596,34 +612,39 @@ void lm_pager_settled(struct lm_region *region, uint64_t chunk, bool locked)
 
 /* ---- threads ---- */
 
-/* Processes end without a word. */
-static void look_for_ends(void)
+/* Serve the spaces that want it; `all`: and look which have ended, since processes end without a word. */
+static void look_at_spaces(bool all)
 {
-    struct space **all, *space;
+    struct space **listed, *space;
     size_t count = 0, i;
 
     pthread_mutex_lock(&pager.lock);
-    all = malloc((pager.space_count + 1) * sizeof *all);
-    for (space = pager.spaces; space != NULL && all != NULL; space = space->next) {
+    listed = malloc((pager.space_count + 1) * sizeof *listed);
+    for (space = pager.spaces; space != NULL && listed != NULL; space = space->next) {
+        if (!all && !atomic_load(&space->dirty))
+            continue;
         space->users++;
-        all[count++] = space;
+        listed[count++] = space;
     }
     pthread_mutex_unlock(&pager.lock);
     for (i = 0; i < count; i++) {
-        bool over;
+        bool over = false;
 
-        serve(all[i]);
-        pthread_mutex_lock(&all[i]->lock);
-        over = lm_uffd_is_over(all[i]->fd) || (all[i]->left && all[i]->table.count == 0);
-        all[i]->gone |= over;
-        pthread_mutex_unlock(&all[i]->lock);
+        space = listed[i];
+        serve(space);
+        if (all && pthread_mutex_trylock(&space->lock) == 0) {
+            over = lm_uffd_is_over(space->fd) || (space->left && space->table.count == 0);
+            space->gone |= over;
+            unlock(space);
+        }
         if (over)
-            drop(all[i]);
-        leave(all[i]);
+            drop(space);
+        leave(space);
     }
-    free(all);
+    free(listed);
 }
 
+/* Whether it is this thread's turn to look at all spaces. *ret_again: at those that want it. */
 static bool is_time(bool *ret_again)
 {
     uint64_t now = lm_sys_now_ns();
@@ -632,7 +653,7 @@ static bool is_time(bool *ret_again)
     pthread_mutex_lock(&pager.lock);
     *ret_again = pager.again;
     pager.again = false;
-    due = *ret_again || now - pager.looked_ns > (uint64_t)LM_IDLE_MS * 1000000u;
+    due = now - pager.looked_ns > (uint64_t)LM_IDLE_MS * 1000000u;
     if (due)
         pager.looked_ns = now;
     pthread_mutex_unlock(&pager.lock);
@@ -644,7 +665,7 @@ static void *run(void *argument)
     struct lm_worker *worker = argument;
     uint64_t rings;
     uint32_t tag;
-    bool again = false;
+    bool again = false, all;
 
     for (;;) {
         struct space *space;
@@ -662,11 +683,11 @@ static void *run(void *argument)
             serve(space);
             leave(space);
         }
-        if (is_time(&again)) {
-            if (again)
-                settle(NULL, 0);
-            look_for_ends();
-        }
+        all = is_time(&again);
+        if (again)
+            settle(NULL, 0);
+        if (all || again)
+            look_at_spaces(all);
     }
 }
 
@@ -743,7 +764,7 @@ int lm_pager_open_space(int uffd, int agree, uint32_t *ret_space, uint32_t *ret_
     if (error < 0)
         return error;
     space->follows = (features & LM_UFFD_FEATURE_EVENT_FORK) != 0;
-    pthread_mutex_unlock(&space->lock);
+    unlock(space);
     error = lm_sys_watch(pager.poller, fd, EPOLLIN | EPOLLET, space->id);
     *ret_space = space->id;
     *ret_features = space->follows ? LM_PAGER_FOLLOWS_FORK : 0;
@@ -784,14 +805,14 @@ int lm_pager_map(uint32_t id, uint64_t address, uint64_t length, lm_region *regi
         return -ESRCH;
     pthread_mutex_lock(&space->lock);
     error = lm_space_add(&space->table, &piece);
-    pthread_mutex_unlock(&space->lock);
+    unlock(space);
     if (error == 0 && !(flags & LM_PAGER_ADOPT)) {
         error = flags & LM_PAGER_SHARED ? lm_uffd_register_minor(space->fd, address, length, &ioctls)
                                         : lm_uffd_register(space->fd, address, length, &ioctls);
         if (error < 0) {
             pthread_mutex_lock(&space->lock);
             (void)lm_space_unmap(&space->table, address, address + length);
-            pthread_mutex_unlock(&space->lock);
+            unlock(space);
         }
     }
     if (error == 0)
@@ -808,7 +829,7 @@ void lm_pager_leave_space(uint32_t id)
         return;
     pthread_mutex_lock(&space->lock);
     space->left = true;
-    pthread_mutex_unlock(&space->lock);
+    unlock(space);
     leave(space);
 }
 
@@ -820,7 +841,7 @@ void lm_pager_close_space(uint32_t id)
         return;
     pthread_mutex_lock(&space->lock);
     space->gone = true;
-    pthread_mutex_unlock(&space->lock);
+    unlock(space);
     drop(space);
     leave(space);
 }
@@ -841,7 +862,7 @@ static void report(struct space *space, lm_space_report *out)
     memcpy(out->latency, space->latency, sizeof out->latency);
     for (i = 0; i < space->table.count; i++)
         out->mapped += space->table.pieces[i].length;
-    pthread_mutex_unlock(&space->lock);
+    unlock(space);
     pthread_mutex_lock(&pager.lock);
     for (i = 0; i < pager.waiter_count; i++)
         out->waiting += pager.waiters[i].space == space;
@@ -891,7 +912,7 @@ int64_t lm_pager_parts(uint32_t id, lm_space_part *out, uint64_t capacity)
                                                (piece->forgets ? LM_PAGER_REMOVED_ZERO : 0) };
     }
     count = space->table.count;
-    pthread_mutex_unlock(&space->lock);
+    unlock(space);
     leave(space);
     return (int64_t)count;
 }
@@ -939,7 +960,7 @@ uint32_t lm_pager_users(lm_region *region)
         pthread_mutex_lock(&all[i]->lock);
         for (j = 0; j < all[i]->table.count && !uses; j++)
             uses = all[i]->table.pieces[j].region == region;
-        pthread_mutex_unlock(&all[i]->lock);
+        unlock(all[i]);
         users += uses;
         leave(all[i]);
     }

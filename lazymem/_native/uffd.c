@@ -17,6 +17,7 @@
 /* EAGAIN without progress: another thread is changing the address space, and may wait for us to read its
  * event. */
 #define LM_STALL_LIMIT 100
+#define LM_STALL_LIMIT_ONCE 2 /* for who reads the events himself */
 
 static int open_descriptor(int way)
 {
@@ -133,7 +134,7 @@ int lm_uffd_wake(int fd, uintptr_t start, size_t length)
 }
 
 /* What one ioctl over the rest of a range came to: add to *done, or stop. */
-static int advance(int error, int64_t reported, size_t *done, size_t page, int *stalls)
+static int advance(int error, int64_t reported, size_t *done, size_t page, int *stalls, int stall_limit)
 {
     if (error >= 0 || reported > 0) {
         *done += (size_t)reported;
@@ -144,7 +145,7 @@ static int advance(int error, int64_t reported, size_t *done, size_t page, int *
         *done += page;
         return 0;
     }
-    if (error == -EAGAIN && ++*stalls < LM_STALL_LIMIT) {
+    if (error == -EAGAIN && ++*stalls < stall_limit) {
         sched_yield();
         return 0;
     }
@@ -153,7 +154,7 @@ static int advance(int error, int64_t reported, size_t *done, size_t page, int *
 
 /* COPY where there is something to copy from; ZEROPAGE and POISON take the other form. Within one mapping. */
 static int fill_mapping(int fd, unsigned long number, uintptr_t start, const void *from, size_t length,
-                        size_t page)
+                        size_t page, int stall_limit)
 {
     size_t done = 0;
     int stalls = 0, error = 0;
@@ -171,40 +172,46 @@ static int fill_mapping(int fd, unsigned long number, uintptr_t start, const voi
         };
 
         error = lm_sys_ioctl(fd, number, from != NULL ? (void *)&transfer : &request);
-        error = advance(error, from != NULL ? transfer.done : request.done, &done, page, &stalls);
+        error = advance(error, from != NULL ? transfer.done : request.done, &done, page, &stalls, stall_limit);
     }
     return error;
 }
 
-int lm_uffd_fill(int fd, unsigned long number, uintptr_t start, const void *from, size_t length, size_t page)
+static int fill(int fd, unsigned long number, uintptr_t start, const void *from, size_t length, size_t page,
+                int stall_limit)
 {
     size_t half = length / page / 2 * page;
-    int error = fill_mapping(fd, number, start, from, length, page);
+    int error = fill_mapping(fd, number, start, from, length, page, stall_limit);
 
     if (error == -ESRCH || (error == -ENOENT && length <= page))
         return 0;
     if (error != -ENOENT)
         return error;
-    error = lm_uffd_fill(fd, number, start, from, half, page);
+    error = fill(fd, number, start, from, half, page, stall_limit);
     if (error < 0)
         return error;
-    return lm_uffd_fill(fd, number, start + half, from == NULL ? NULL : (const char *)from + half, length - half,
-                        page);
+    return fill(fd, number, start + half, from == NULL ? NULL : (const char *)from + half, length - half, page,
+                stall_limit);
+}
+
+int lm_uffd_fill(int fd, unsigned long number, uintptr_t start, const void *from, size_t length, size_t page)
+{
+    return fill(fd, number, start, from, length, page, LM_STALL_LIMIT_ONCE);
 }
 
 int lm_uffd_copy(int fd, uintptr_t to, const void *from, size_t length)
 {
-    return lm_uffd_fill(fd, LM_UFFDIO_COPY, to, from, length, lm_sys_page_size());
+    return fill(fd, LM_UFFDIO_COPY, to, from, length, lm_sys_page_size(), LM_STALL_LIMIT);
 }
 
 int lm_uffd_zero(int fd, uintptr_t start, size_t length)
 {
-    return lm_uffd_fill(fd, LM_UFFDIO_ZEROPAGE, start, NULL, length, lm_sys_page_size());
+    return fill(fd, LM_UFFDIO_ZEROPAGE, start, NULL, length, lm_sys_page_size(), LM_STALL_LIMIT);
 }
 
 int lm_uffd_poison(int fd, uintptr_t start, size_t length)
 {
-    return lm_uffd_fill(fd, LM_UFFDIO_POISON, start, NULL, length, lm_sys_page_size());
+    return fill(fd, LM_UFFDIO_POISON, start, NULL, length, lm_sys_page_size(), LM_STALL_LIMIT);
 }
 
 int lm_uffd_move(int fd, uintptr_t to, void *from, size_t length, size_t *ret_moved)
@@ -223,7 +230,7 @@ int lm_uffd_move(int fd, uintptr_t to, void *from, size_t length, size_t *ret_mo
         error = lm_sys_ioctl(fd, LM_UFFDIO_MOVE, &request);
         if (error == -EEXIST)
             break; /* unlike COPY: the source page stays, so the caller decides */
-        error = advance(error, request.done, &moved, 0, &stalls);
+        error = advance(error, request.done, &moved, 0, &stalls, LM_STALL_LIMIT);
     }
     *ret_moved = moved;
     return error;

@@ -95,7 +95,8 @@ bool lm_uffd_is_over(int fd);
 int lm_uffd_unregister(int fd, uintptr_t start, size_t length);
 int lm_uffd_wake(int fd, uintptr_t start, size_t length);
 
-/* COPY, ZEROPAGE, CONTINUE or POISON (LM_UFFDIO_*), where pages have `page` bytes. from: of COPY only. */
+/* COPY, ZEROPAGE, CONTINUE or POISON (LM_UFFDIO_*), where pages have `page` bytes. from: of COPY only. -EAGAIN at
+ * once: the caller reads the events. */
 int lm_uffd_fill(int fd, unsigned long number, uintptr_t start, const void *from, size_t length, size_t page);
 int lm_uffd_copy(int fd, uintptr_t to, const void *from, size_t length);
 int lm_uffd_zero(int fd, uintptr_t start, size_t length);
