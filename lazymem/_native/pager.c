@@ -40,6 +40,7 @@ struct space {
     _Atomic bool dirty;
 
     pthread_mutex_t lock;
+    bool armed; /* all of it is known: its faults may be read */
     bool left, gone;
     struct lm_space_table table;
     struct fault *faults; /* read, and not looked at yet */
@@ -313,11 +314,14 @@ static int adopt_child_locked(struct space *parent, int fd)
     int error;
 
     fd = lm_sys_above_standard(fd);
+    if (fd >= 0)
+        (void)lm_sys_mark(fd); /* for the twin */
     error = fd < 0 ? fd : make_space(fd, parent->id, &child);
     if (error < 0)
         return error;
     child->follows = parent->follows;
     child->left = true; /* it has no connection */
+    child->armed = true;
     if (lm_space_copy(&child->table, &parent->table) < 0)
         disbelieve_locked(child);
     unlock(child);
@@ -497,6 +501,8 @@ static int serve_locked(struct space *space, struct wishes *wishes)
 {
     int error = 0;
 
+    if (!space->armed)
+        return 0;
     drain_locked(space);
     while (space->fault_count > 0 && wishes->count < LM_MESSAGES / 2) {
         struct fault fault = space->faults[--space->fault_count];
@@ -765,13 +771,32 @@ int lm_pager_open_space(int uffd, int agree, uint32_t *ret_space, uint32_t *ret_
         return error;
     space->follows = (features & LM_UFFD_FEATURE_EVENT_FORK) != 0;
     unlock(space);
-    error = lm_sys_watch(pager.poller, fd, EPOLLIN | EPOLLET, space->id);
     *ret_space = space->id;
     *ret_features = space->follows ? LM_PAGER_FOLLOWS_FORK : 0;
-    if (error < 0)
-        drop(space);
     leave(space);
-    return error;
+    return 0;
+}
+
+/* Not before: a fault whose memory we have not been told of yet would be taken for one of memory that has gone. */
+static int arm(struct space *space)
+{
+    bool armed;
+
+    pthread_mutex_lock(&space->lock);
+    armed = space->armed;
+    space->armed = true;
+    unlock(space);
+    return armed ? 0 : lm_sys_watch(pager.poller, space->fd, EPOLLIN | EPOLLET, space->id);
+}
+
+static void wake_all(struct space *space)
+{
+    size_t i;
+
+    pthread_mutex_lock(&space->lock);
+    for (i = 0; i < space->table.count; i++)
+        wake(space, space->table.pieces[i].at, space->table.pieces[i].length);
+    unlock(space);
 }
 
 static int check_range(uint64_t address, uint64_t length, const struct lm_region *region, uint64_t offset,
@@ -815,8 +840,10 @@ int lm_pager_map(uint32_t id, uint64_t address, uint64_t length, lm_region *regi
             unlock(space);
         }
     }
-    if (error == 0)
-        wake(space, address, length);
+    if (error == 0 && !(flags & LM_PAGER_MORE)) {
+        error = arm(space);
+        wake_all(space); /* whose messages an earlier pager has read */
+    }
     leave(space);
     return error;
 }
@@ -970,11 +997,11 @@ uint32_t lm_pager_users(lm_region *region)
 
 /* ---- the twin ---- */
 
-/* Clients hear that the pager is dead when its sockets are closed. Spaces with a client alive may have a new
- * pager meanwhile; that the twin holds them, too, does no harm. */
+/* The userfaultfds of children: nobody else has them, while clients keep their own. Clients hear that the pager is
+ * dead when its sockets are closed. */
 static bool is_wanted(int fd)
 {
-    return lm_uffd_is_one(fd) && !lm_uffd_is_over(fd);
+    return lm_sys_is_marked(fd) && !lm_uffd_is_over(fd);
 }
 
 int lm_pager_start_twin(void)

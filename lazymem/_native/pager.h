@@ -33,7 +33,8 @@ void lm_pager_stop(void);        /* spaces stay as they are; whoever waits goes 
  * *ret_features: LM_PAGER_FOLLOWS_FORK. */
 int lm_pager_open_space(int uffd, int agree, uint32_t *ret_space, uint32_t *ret_features);
 /* Have memory of the space show the region from `offset` on. flags: LM_PAGER_SHARED, _REMOVED_ZERO, _ADOPT; or
- * LM_PAGER_IS_ZERO, which only comes of a handover. Whoever waits there already is served. */
+ * _MORE; or LM_PAGER_IS_ZERO, which only comes of a handover. Nothing is served before the first without _MORE;
+ * then who waits already is. */
 #define LM_PAGER_IS_ZERO 0x100
 int lm_pager_map(uint32_t space, uint64_t address, uint64_t length, lm_region *region, uint64_t offset,
                  uint32_t page, uint32_t flags);

@@ -28,6 +28,7 @@ SHARED: Final[int] = lib.LM_PAGER_SHARED
 REMOVED_ZERO: Final[int] = lib.LM_PAGER_REMOVED_ZERO
 ADOPT: Final[int] = lib.LM_PAGER_ADOPT
 IS_ZERO: Final[int] = lib.LM_PAGER_IS_ZERO
+MORE: Final[int] = lib.LM_PAGER_MORE
 WAIT: Final[int] = lib.LM_PAGER_WAIT
 FOLLOWS_FORK: Final[int] = lib.LM_PAGER_FOLLOWS_FORK
 
@@ -89,7 +90,10 @@ def open_space(uffd: int, *, agree: bool) -> tuple[int, bool]:
 def map_memory(
     space: int, address: int, length: int, region: NativeRegion, offset: int, page: int, flags: int
 ) -> None:
-    """Have memory of a space show a region's bytes from `offset` on."""
+    """Have memory of a space show a region's bytes from `offset` on.
+
+    Served from the first call without MORE in `flags` on.
+    """
     _check(lib.lm_pager_map(space, address, length, region.handle, offset, page, flags))
 
 

@@ -54,6 +54,7 @@
 #define LM_PAGER_SHARED       2 /* MAP: the memory is a private mapping of the memfd that OPEN brought */
 #define LM_PAGER_REMOVED_ZERO 4 /* MAP: what is given back (MADV_DONTNEED) reads as zeros; else as the snapshot */
 #define LM_PAGER_ADOPT        8 /* MAP: an earlier pager has registered the memory */
+#define LM_PAGER_MORE         32 /* MAP: another MAP follows, and nothing is served before the last */
 #define LM_PAGER_WAIT         16 /* PREFETCH: the answer comes when all of it is there, or why it cannot be had */
 
 typedef struct {

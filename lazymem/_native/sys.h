@@ -133,6 +133,9 @@ void lm_sys_signal_self(int number, siginfo_t *info);
 int lm_sys_unblock(int fd);      /* reading it returns at once from now on */
 int lm_sys_make_private(int fd); /* only this user may open the file again */
 int lm_sys_open_for_reading(int fd);
+/* A mark that goes with the open file: what the kernel keeps of F_SETSIG, which is of no use for anything else. */
+int lm_sys_mark(int fd);
+bool lm_sys_is_marked(int fd);
 /* Packets to whoever listens at a path. Answers are waited for that long. */
 int lm_sys_connect(const char *path, int patience_ms);
 /* One packet, with a descriptor if it is not -1, and the packet that answers: its length, 0 at the end. */

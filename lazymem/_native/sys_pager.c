@@ -30,6 +30,16 @@ int lm_sys_make_private(int fd)
     return fchmod(fd, 0600) < 0 ? -errno : 0;
 }
 
+int lm_sys_mark(int fd)
+{
+    return fcntl(fd, F_SETSIG, SIGURG) < 0 ? -errno : 0;
+}
+
+bool lm_sys_is_marked(int fd)
+{
+    return fcntl(fd, F_GETSIG) == SIGURG;
+}
+
 int lm_sys_open_for_reading(int fd)
 {
     char path[64];

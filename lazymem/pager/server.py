@@ -259,7 +259,7 @@ class Server:
         if descriptor is not None:
             session.space, _ = native.open_space(descriptor, agree=not ask.flags & native.ADOPT)
         assert session.space is not None
-        flags = ask.flags & (native.SHARED | native.REMOVED_ZERO | native.ADOPT)
+        flags = ask.flags & (native.SHARED | native.REMOVED_ZERO | native.ADOPT | native.MORE)
         native.map_memory(
             session.space, ask.address, ask.length, session.stock.open(), ask.offset, ask.page or 4096, flags
         )
