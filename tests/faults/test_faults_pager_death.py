@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pager that dies costs its clients no byte, and a client that dies costs the pager nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lazymem
+
+from .. import pagers
+from ..children import run_child
+
+KILLS = int(os.environ.get("LAZYMEM_TEST_KILLS", "6"))
+PAGES = 1024
+
+#: Says "ready" once it has opened, then does what it is told by the rest of its code.
+OPENED = """
+import os, signal, sys, threading, time
+import numpy as np, lazymem
+snapshot = lazymem.open(sys.argv[2], pager=sys.argv[1])
+array = snapshot["data"]
+raw = np.fromfile(sys.argv[3], np.uint8)
+def same(page):
+    return np.array_equal(array[page * 4096 : (page + 1) * 4096], raw[page * 4096 : (page + 1) * 4096])
+assert same(0)
+print("ready", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A snapshot, and the raw bytes that it shows."""
+    folder = tmp_path_factory.mktemp("files")
+    np.random.default_rng(2).integers(0, 256, PAGES * 4096, np.uint8).tofile(folder / "data.raw")
+    lazymem.build(folder / "data.raw", folder / "data.lzm", chunk_size=64 << 10)
+    return folder / "data.lzm", folder / "data.raw"
+
+
+def start(
+    pager: pagers.Pager, files: tuple[Path, Path], code: str, timeout: float = 60.0
+) -> subprocess.Popen[str]:
+    """A client that has opened the snapshot and goes on with `code`."""
+    client = subprocess.Popen(
+        [sys.executable, "-c", OPENED + textwrap.dedent(code), str(pager.path), *map(str, files)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "LAZYMEM_PAGER_TIMEOUT": str(timeout)},
+    )  # fmt: skip
+    assert pagers.line_of(client) == "ready"
+    return client
+
+
+def test_pagers_killed_during_a_scan_cost_no_byte(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    """Several threads read every page, each once, while pagers come and go."""
+    pager = pagers.Pager(tmp_path / "socket")
+    code = """
+        wrong = []
+        def scan(pages):
+            for page in pages:
+                if not same(page):
+                    wrong.append(page)
+                go.wait()
+                time.sleep(0.001)
+        go = threading.Event()
+        order = np.random.default_rng(3).permutation(len(raw) // 4096)
+        threads = [threading.Thread(target=scan, args=(order[k::4],)) for k in range(4)]
+        for thread in threads: thread.start()
+        sys.stdin.readline()
+        go.set()
+        for thread in threads: thread.join()
+        print(wrong, snapshot._region._native.attachment.adoptions > 0, flush=True)
+    """
+    client = start(pager, files, code)
+    assert client.stdin is not None
+    for kill in range(KILLS):
+        pager.kill()
+        pager = pagers.Pager(tmp_path / "socket")
+        if kill == 0:
+            client.stdin.write("\n")
+            client.stdin.flush()
+    try:
+        out, err = client.communicate(timeout=60)
+        assert (client.returncode, out) == (0, "[] True\n"), err
+    finally:
+        pager.kill()
+
+
+def test_without_another_pager_what_is_missing_is_a_signal(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    with pagers.running(tmp_path / "socket") as pager:
+        client = start(
+            pager, files, "sys.stdin.readline(); assert same(1); print('there', flush=True); same(500)", 0.5
+        )
+        pager.kill()
+        out, err = client.communicate("\n", timeout=60)
+    assert out == "there\n"  # what was read stays
+    assert client.returncode == -signal.SIGBUS
+    assert f"no pager answers at {tmp_path / 'socket'}" in err
+
+
+def test_closing_does_not_wait_for_a_pager(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    with pagers.running(tmp_path / "socket") as pager:
+        client = start(pager, files, "sys.stdin.readline(); del array; snapshot.close(); print('closed')", 600)
+        pager.kill()
+        out, err = client.communicate("\n", timeout=60)
+    assert (client.returncode, out) == (0, "closed\n"), err
+
+
+def test_children_wait_for_ever_rather_than_read_zeros(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    """Nobody but the pager has a child's userfaultfd, and no pager can find it again: its twin keeps it."""
+    code = """
+        pid = os.fork()
+        if pid == 0:
+            sys.stdin.readline()
+            print("reads", flush=True)
+            print("has read", array[500 * 4096], flush=True)
+            os._exit(0)
+        print(pid, flush=True)
+        os.waitpid(pid, 0)
+    """
+    with pagers.running(tmp_path / "socket") as pager:
+        if os.geteuid() != 0:
+            pytest.skip("EVENT_FORK is for the privileged")
+        client = start(pager, files, code)
+        child = int(pagers.line_of(client))
+        pagers.wait_until(lambda: len(pager.status()["spaces"]) == 2)
+        pager.kill()
+        assert client.stdin is not None
+        client.stdin.write("\n")
+        client.stdin.flush()
+        assert pagers.line_of(client) == "reads"
+        pagers.wait_until(lambda: "handle_userfault" in Path(f"/proc/{child}/wchan").read_text())
+        os.kill(child, signal.SIGKILL)
+        out, err = client.communicate(timeout=60)
+    assert out == "", err
+
+
+def test_clients_killed_at_any_moment_leave_nothing(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    with pagers.running(tmp_path / "socket") as pager:
+
+        def descriptors() -> int:
+            return len(os.listdir(f"/proc/{pager.process.pid}/fd"))
+
+        code = "threading.Thread(target=lambda: array.copy(), daemon=True).start(); array[::4096].sum()"
+        for delay in range(4):
+            client = start(pager, files, f"time.sleep({delay} / 500); {code}")
+            client.kill()
+            client.communicate()
+        pagers.wait_until(lambda: not pager.status()["spaces"] and not pager.status()["snapshots"])
+        before = descriptors()
+        for _ in range(3):
+            client = start(pager, files, code)
+            client.kill()
+            client.communicate()
+        pagers.wait_until(lambda: not pager.status()["spaces"] and not pager.status()["snapshots"])
+        assert descriptors() == before
+        done = run_child(OPENED, pager.path, *files)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_stopped_pager_is_waited_for(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    with pagers.running(tmp_path / "socket") as pager:
+        client = start(pager, files, "sys.stdin.readline(); print(same(600), flush=True)")
+        os.kill(pager.process.pid, signal.SIGSTOP)
+        assert client.stdin is not None
+        client.stdin.write("\n")
+        client.stdin.flush()
+        pagers.wait_until(lambda: "handle_userfault" in Path(f"/proc/{client.pid}/wchan").read_text())
+        os.kill(pager.process.pid, signal.SIGCONT)
+        out, err = client.communicate(timeout=60)
+    assert (client.returncode, out) == (0, "True\n"), err

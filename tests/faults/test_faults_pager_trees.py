@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients that do not cooperate: forks by raw system calls, nested, mremap, munmap, MADV_DONTNEED, writes and
+threads, by random schedules, each page compared with an oracle (tests/native/pager_tree.c)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lazymem
+
+from .. import pagers
+from ..native.programs import HERE as NATIVE_TESTS
+from ..native.programs import NATIVE
+from ..once import made_once
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="EVENT_FORK is for the privileged")
+#: Of 4096 bytes; some of zeros, so that chunks are elided.
+PAGES = 2048
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(target: Path) -> None:
+        subprocess.run(
+            ["cc", "-std=gnu11", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE}",
+             NATIVE_TESTS / "pager_tree.c", "-o", target],
+            check=True,
+        )  # fmt: skip
+
+    return made_once(tmp_path_factory, "pager_tree", make)
+
+
+@pytest.fixture(scope="module")
+def guest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A raw file, and the snapshot made of it."""
+    folder = tmp_path_factory.mktemp("guest")
+    data = np.random.default_rng(1).integers(0, 256, (PAGES, 4096), np.uint8)
+    data[256:352] = 0
+    (folder / "guest.raw").write_bytes(data.tobytes())
+    lazymem.build(folder / "guest.raw", folder / "guest.lzm", chunk_size=64 << 10)
+    return folder / "guest.raw", folder / "guest.lzm"
+
+
+@pytest.fixture(scope="module")
+def pager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pagers.Pager]:
+    with pagers.running(tmp_path_factory.mktemp("pager") / "socket") as running:
+        yield running
+
+
+@pytest.mark.parametrize("seed", [1, 4, 11])
+@pytest.mark.parametrize("how", ["shared", "copy", "zero"])
+def test_every_page_is_right_whatever_a_tree_does(
+    pager: pagers.Pager, client: Path, guest: tuple[Path, Path], how: str, seed: int
+) -> None:
+    raw, snapshot = guest
+    done = subprocess.run(
+        [client, pager.path, snapshot, raw, str(seed), "1200", how, "2" if seed % 2 == 0 else "0"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("pages were right\n")
+
+
+def test_trees_at_once_share_a_pager(pager: pagers.Pager, client: Path, guest: tuple[Path, Path]) -> None:
+    raw, snapshot = guest
+    running = [
+        subprocess.Popen(
+            [client, pager.path, snapshot, raw, str(20 + number), "800", how, "1"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number, how in enumerate(("shared", "copy", "zero", "shared"))
+    ]  # fmt: skip
+    for process in running:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert "pages were right" in out
+
+
+def test_nothing_is_left_of_trees_that_ended(pager: pagers.Pager) -> None:
+    pagers.wait_until(lambda: not pager.status()["spaces"])
+    assert pager.status()["waiting"] == 0

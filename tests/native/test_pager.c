@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The pager's core under threads and sanitizers: several processes, made before any thread, have their memory
+ * served; they touch, give back, move, unmap, fork and die. What must be right is checked in them; here it is that
+ * everything is given back. (tests/native/pager_tree.c goes further, against a whole pager.)
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "engine.h"
+#include "harness.h"
+#include "pager.h"
+#include "pager_protocol.h"
+#include "space.h"
+
+#define CHUNK   65536u
+#define CHUNKS  24u
+#define BAD     20u /* its checksum is wrong */
+#define CLIENTS 4
+#define PAGE    4096u
+
+static unsigned char content[CHUNK * CHUNKS];
+static lm_chunk_record records[CHUNKS];
+static lm_run runs[] = { { 0, CHUNKS, 0 } };
+static uint64_t source_size = sizeof content;
+
+/* ---- the table against a model ---- */
+
+#define MODEL 64
+
+static void test_a_space_follows_a_model(void)
+{
+    struct lm_space_table table = { 0 };
+    static struct lm_region *const region = (struct lm_region *)0x1000;
+    struct { uint64_t offset; bool zero; } model[MODEL];
+    uint64_t seed = 7;
+    int round, i;
+
+    CHECK(lm_space_add(&table, &(struct lm_space_piece){ .at = 1000, .length = 24, .offset = 500, .region = region,
+                                                         .page = 1, .show = LM_SHOW_COPY, .forgets = true }) == 0);
+    CHECK(lm_space_add(&table, &(struct lm_space_piece){ .at = 1010, .length = 2, .region = region }) == -EEXIST);
+    for (i = 0; i < MODEL; i++)
+        model[i].offset = i < 24 ? 500 + (uint64_t)i : 0, model[i].zero = false;
+    for (round = 0; round < 20000; round++) {
+        uint64_t from = next_random(&seed) % MODEL, to = next_random(&seed) % MODEL, length = 1 + next_random(&seed) % 9;
+        bool confused = false, taken = false;
+
+        if (from + length > MODEL || to + length > MODEL || (from < to + length && to < from + length))
+            continue;
+        switch (round % 4) {
+        case 0: /* back to where something is, so that the table does not run empty */
+            if (round % 100 == 0) {
+                CHECK(lm_space_unmap(&table, 1000, 1000 + MODEL) == 0 && table.count == 0);
+                CHECK(lm_space_add(&table, &(struct lm_space_piece){ .at = 1000, .length = 24, .offset = 500,
+                                                                     .region = region, .page = 1,
+                                                                     .show = LM_SHOW_COPY, .forgets = true }) == 0);
+                for (i = 0; i < MODEL; i++)
+                    model[i].offset = i < 24 ? 500 + (uint64_t)i : 0, model[i].zero = false;
+            }
+            break;
+        case 1:
+            CHECK(lm_space_remove(&table, 1000 + from, 1000 + from + length) == 0);
+            for (i = 0; i < (int)length; i++)
+                model[from + (uint64_t)i].zero = model[from + (uint64_t)i].offset != 0;
+            break;
+        case 2:
+            CHECK(lm_space_unmap(&table, 1000 + from, 1000 + from + length) == 0);
+            for (i = 0; i < (int)length; i++)
+                model[from + (uint64_t)i].offset = 0;
+            break;
+        default:
+            for (i = 0; i < (int)length; i++)
+                taken = taken || model[to + (uint64_t)i].offset != 0;
+            CHECK(lm_space_move(&table, 1000 + from, 1000 + to, length, &confused) == 0);
+            CHECK(confused == taken);
+            for (i = 0; i < (int)length; i++) {
+                model[to + (uint64_t)i] = model[from + (uint64_t)i];
+                if (taken)
+                    model[to + (uint64_t)i].offset = 0;
+                model[from + (uint64_t)i].offset = 0;
+            }
+        }
+        for (i = 0; i < MODEL; i++) {
+            const struct lm_space_piece *piece = lm_space_find(&table, 1000 + (uint64_t)i);
+
+            CHECK((piece != NULL) == (model[i].offset != 0));
+            if (piece != NULL) {
+                CHECK(piece->offset + (1000 + (uint64_t)i - piece->at) == model[i].offset);
+                CHECK((piece->show == LM_SHOW_ZERO) == model[i].zero);
+            }
+        }
+    }
+    lm_space_clear(&table);
+}
+
+/* ---- clients ---- */
+
+static void send_descriptor(int to, int descriptor, const void *bytes, size_t length)
+{
+    char control[CMSG_SPACE(sizeof(int))] = { 0 };
+    struct iovec part = { .iov_base = (void *)(uintptr_t)bytes, .iov_len = length };
+    struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
+    struct cmsghdr *header;
+
+    if (descriptor >= 0) {
+        message.msg_control = control;
+        message.msg_controllen = sizeof control;
+        header = CMSG_FIRSTHDR(&message);
+        header->cmsg_level = SOL_SOCKET;
+        header->cmsg_type = SCM_RIGHTS;
+        header->cmsg_len = CMSG_LEN(sizeof(int));
+        memcpy(CMSG_DATA(header), &descriptor, sizeof descriptor);
+    }
+    CHECK(sendmsg(to, &message, 0) == (ssize_t)length);
+}
+
+static int receive_descriptor(int from, void *bytes, size_t length)
+{
+    char control[CMSG_SPACE(sizeof(int))] = { 0 };
+    struct iovec part = { .iov_base = bytes, .iov_len = length };
+    struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = control,
+                              .msg_controllen = sizeof control };
+    int descriptor = -1;
+
+    CHECK(recvmsg(from, &message, 0) == (ssize_t)length);
+    if (CMSG_FIRSTHDR(&message) != NULL)
+        memcpy(&descriptor, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof descriptor);
+    return descriptor;
+}
+
+static bool is_page(const unsigned char *at, uint64_t page)
+{
+    return memcmp(at, content + page * PAGE, PAGE) == 0;
+}
+
+/* Nothing here may take a lock of a sanitizer's: a client's child comes of a bare system call. */
+static int be_client(int socket, bool shared, uint64_t seed)
+{
+    static const unsigned char zeros[PAGE];
+    uint64_t pages = sizeof content / PAGE, good = BAD * (CHUNK / PAGE), i;
+    unsigned char *memory, *moved, ready;
+    int memfd = receive_descriptor(socket, &ready, 1), uffd, status;
+    pid_t child;
+
+    memory = mmap(NULL, sizeof content, PROT_NONE, MAP_PRIVATE | (shared ? 0 : MAP_ANONYMOUS), shared ? memfd : -1, 0);
+    uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    if (memory == MAP_FAILED || uffd < 0)
+        return 10;
+    send_descriptor(socket, uffd, &memory, sizeof memory);
+    if (read(socket, &ready, 1) != 1 || mprotect(memory, sizeof content, PROT_READ | PROT_WRITE) < 0)
+        return 11;
+    for (i = 0; i < 60; i++) {
+        uint64_t page = next_random(&seed) % good;
+
+        if (!is_page(memory + page * PAGE, page))
+            return 12;
+    }
+    /* A child by the bare system call has what its parent has, and what neither has touched. */
+    child = (pid_t)syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL);
+    if (child == 0) {
+        for (i = 0; i < good; i++)
+            if (!is_page(memory + i * PAGE, i))
+                _exit(20);
+        _exit(0);
+    }
+    if (madvise(memory + PAGE, 3 * PAGE, MADV_DONTNEED) < 0)
+        return 13;
+    for (i = 1; i < 4; i++)
+        if (shared ? !is_page(memory + i * PAGE, i) : memcmp(memory + i * PAGE, zeros, PAGE) != 0)
+            return 14;
+    moved = mmap(NULL, 2 * CHUNK, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mremap(memory + 4 * CHUNK, 2 * CHUNK, 2 * CHUNK, MREMAP_MAYMOVE | MREMAP_FIXED, moved) != moved)
+        return 15;
+    for (i = 0; i < 2 * CHUNK / PAGE; i++)
+        if (!is_page(moved + i * PAGE, 4 * CHUNK / PAGE + i))
+            return 16;
+    memory[5 * PAGE] ^= 0xff; /* its own from now on */
+    if (munmap(memory + 8 * CHUNK, CHUNK) < 0 || waitpid(child, &status, 0) != child || status != 0)
+        return 17;
+    if (seed % 2 == 0)
+        (void)raise(SIGKILL); /* in the middle of it */
+    for (i = good + CHUNK / PAGE; i < pages; i++)
+        if (!is_page(memory + i * PAGE, i))
+            return 18;
+    (void)signal(SIGBUS, SIG_DFL);
+    return *(volatile unsigned char *)(memory + BAD * CHUNK); /* SIGBUS */
+}
+
+static void open_stock(lm_region **ret_region)
+{
+    int source = memfd_create("source", MFD_CLOEXEC);
+    lm_region_spec spec = {
+        .content_size = sizeof content, .chunk_size = CHUNK, .backend = LM_BACKEND_STOCK, .threads = 2, .readahead = 2,
+        .runs = runs, .run_count = 1, .records = records, .record_count = CHUNKS, .fds = &source,
+        .source_sizes = &source_size, .source_count = 1, .url = "memfd",
+    };
+    unsigned i;
+
+    CHECK(source >= 0 && pwrite(source, content, sizeof content, 0) == (ssize_t)sizeof content);
+    for (i = 0; i < CHUNKS; i++)
+        records[i] = (lm_chunk_record){ .offset = (uint64_t)i * CHUNK, .stored_length = CHUNK,
+                                        .checksum = lm_codec_checksum(content + (size_t)i * CHUNK, CHUNK) };
+    records[BAD].checksum ^= 1;
+    CHECK(lm_region_open(&spec, ret_region) == 0);
+    close(source);
+}
+
+int main(void)
+{
+    pid_t clients[CLIENTS];
+    int sockets[CLIENTS], quiet = open("/dev/null", O_WRONLY), i;
+    lm_space_report reports[64];
+    lm_region *stock;
+
+    CHECK(lm_codec_find(LM_FN_XXH3_64, "libxxhash.so.0", "XXH3_64bits") == 0);
+    i = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+    if (i < 0) {
+        puts("no userfaultfd here");
+        return 77;
+    }
+    close(i);
+    test_a_space_follows_a_model();
+    fill_random(content, sizeof content, 3);
+    for (i = 0; i < CLIENTS; i++) {
+        int pair[2];
+
+        CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair) == 0);
+        clients[i] = fork();
+        if (clients[i] == 0)
+            _exit(be_client(pair[1], i % 2 == 0, (uint64_t)i + 1));
+        close(pair[1]);
+        sockets[i] = pair[0];
+    }
+    CHECK(dup2(quiet, 2) == 2); /* the line that a failed touch prints */
+    open_stock(&stock);
+    CHECK(lm_pager_start(2) == 0);
+    for (i = 0; i < CLIENTS; i++) {
+        unsigned char *memory;
+        uint32_t space, features;
+        int memfd = lm_region_descriptor(stock), uffd;
+        unsigned char ready = 1;
+
+        CHECK(memfd >= 0);
+        send_descriptor(sockets[i], memfd, &ready, 1);
+        uffd = receive_descriptor(sockets[i], &memory, sizeof memory);
+        CHECK(lm_pager_open_space(uffd, 1, &space, &features) == 0);
+        if (!(features & LM_PAGER_FOLLOWS_FORK)) {
+            puts("no EVENT_FORK here");
+            return 77;
+        }
+        CHECK(lm_pager_map(space, (uintptr_t)memory + 1, CHUNK, stock, 0, PAGE, 0) == -EINVAL);
+        CHECK(lm_pager_map(space, (uintptr_t)memory, sizeof content, stock, CHUNK, PAGE, 0) == -EINVAL);
+        CHECK(lm_pager_map(space, (uintptr_t)memory, sizeof content, stock, 0, PAGE,
+                           i % 2 == 0 ? LM_PAGER_SHARED : LM_PAGER_REMOVED_ZERO) == 0);
+        lm_pager_leave_space(space);
+        CHECK(write(sockets[i], &ready, 1) == 1);
+        close(memfd);
+        close(uffd);
+    }
+    CHECK(lm_pager_users(stock) >= 1);
+    for (i = 0; i < CLIENTS; i++) {
+        int status;
+
+        CHECK(waitpid(clients[i], &status, 0) == clients[i]);
+        CHECK(WIFSIGNALED(status));
+        CHECK(WTERMSIG(status) == SIGBUS || WTERMSIG(status) == SIGKILL);
+        close(sockets[i]);
+    }
+    while (lm_pager_spaces(reports, 64) > 0) /* they go by themselves */
+        usleep(10000);
+    CHECK(lm_pager_users(stock) == 0);
+    lm_pager_stop();
+    lm_region_free(stock);
+    CHECK(lm_engine_region_count() == 0);
+    puts("ok");
+    return 0;
+}
