@@ -22,6 +22,8 @@
 #define LM_AGAIN_MS 2   /* and for what has to be tried again, if there is something */
 #define LM_ROUNDS 64    /* of reading events and trying again, before another space's turn comes */
 #define LM_HUGE ((uint32_t)2 << 20)
+#define LM_LOWEST ((uint64_t)1 << 16) /* addresses of a process of 64 bits, or most of them */
+#define LM_HIGHEST (((uint64_t)1 << 47) - LM_LOWEST)
 #define LM_NEEDED (LM_UFFD_FEATURE_EVENT_REMAP | LM_UFFD_FEATURE_EVENT_UNMAP | LM_UFFD_FEATURE_EVENT_REMOVE | \
                    LM_UFFD_FEATURE_MISSING_SHMEM | LM_UFFD_FEATURE_MINOR_SHMEM)
 #define LM_WANTED (LM_UFFD_FEATURE_EVENT_FORK | LM_UFFD_FEATURE_POISON | LM_UFFD_FEATURE_MISSING_HUGE)
@@ -63,7 +65,8 @@ struct wishes { struct wish of[LM_MESSAGES]; unsigned count; };
 static struct {
     pthread_mutex_t lock;
     bool running;
-    _Atomic bool stopping;
+    _Atomic bool stopping; /* changed under the lock */
+    unsigned settling;     /* threads, the engine's among them, that put pages in place for waiters */
     bool again; /* some waiter has to be looked at though no chunk was settled */
     int poller, bell;
     pthread_t threads[LM_PAGER_THREADS];
@@ -177,9 +180,27 @@ static void ask_again(void)
 {
     pthread_mutex_lock(&pager.lock);
     pager.again = true;
-    pthread_mutex_unlock(&pager.lock);
     if (pager.bell >= 0)
         lm_sys_ring(pager.bell, 1);
+    pthread_mutex_unlock(&pager.lock);
+}
+
+static int watch_locked(const struct space *space) /* pager.lock is */
+{
+    int error = pager.poller < 0 ? 0 : lm_sys_watch(pager.poller, space->fd, EPOLLIN | EPOLLET, space->id);
+
+    return error == -EEXIST ? 0 : error;
+}
+
+/* Have the threads read of it, now or once there are any. */
+static int watch(const struct space *space)
+{
+    int error;
+
+    pthread_mutex_lock(&pager.lock);
+    error = watch_locked(space);
+    pthread_mutex_unlock(&pager.lock);
+    return error;
 }
 
 static void unlock(struct space *space)
@@ -325,7 +346,7 @@ static int adopt_child_locked(struct space *parent, int fd)
     if (lm_space_copy(&child->table, &parent->table) < 0)
         disbelieve_locked(child);
     unlock(child);
-    error = lm_sys_watch(pager.poller, fd, EPOLLIN | EPOLLET, child->id);
+    error = watch(child);
     if (error < 0)
         drop(child);
     leave(child);
@@ -562,12 +583,35 @@ static bool deliver(const struct waiter *waiter)
     return error != -EAGAIN;
 }
 
+/* Whoever is none of our threads and reads of spaces, or puts something in place there, does so between these two.
+ * False: the pager is stopped. Then it is looked at once it goes on. */
+static bool begin_work(void)
+{
+    bool may;
+
+    pthread_mutex_lock(&pager.lock);
+    may = pager.running && !pager.stopping;
+    pager.settling += may;
+    pager.again |= !may;
+    pthread_mutex_unlock(&pager.lock);
+    return may;
+}
+
+static void end_work(void)
+{
+    pthread_mutex_lock(&pager.lock);
+    pager.settling--;
+    pthread_mutex_unlock(&pager.lock);
+}
+
 /* Take the waiters out that `chunk` of a region matters to, or all; deliver, and put back who has to wait on. */
 static void settle(struct lm_region *region, uint64_t chunk)
 {
     struct waiter *taken = NULL;
     size_t count = 0, kept = 0, i;
 
+    if (!begin_work())
+        return;
     pthread_mutex_lock(&pager.lock);
     for (i = 0; i < pager.waiter_count; i++) {
         const struct waiter *one = &pager.waiters[i];
@@ -606,6 +650,7 @@ static void settle(struct lm_region *region, uint64_t chunk)
         leave(taken[i].space);
     }
     free(taken);
+    end_work();
 }
 
 void lm_pager_settled(struct lm_region *region, uint64_t chunk, bool locked)
@@ -685,6 +730,8 @@ static void *run(void *argument)
             return NULL;
         if (ready > 0 && tag == LM_BELL) {
             (void)lm_sys_read(pager.bell, &rings, sizeof rings);
+            if (pager.stopping) /* that was for all threads */
+                lm_sys_ring(pager.bell, 1);
         } else if (ready > 0 && (space = use(tag)) != NULL) {
             serve(space);
             leave(space);
@@ -697,6 +744,20 @@ static void *run(void *argument)
     }
 }
 
+/* Spaces may be there already: handed over by another pager, or kept while this one was stopped. */
+static int open_poller_locked(void)
+{
+    const struct space *space;
+    int error;
+
+    pager.poller = lm_sys_poller();
+    pager.bell = pager.poller < 0 ? pager.poller : lm_sys_bell();
+    error = pager.bell < 0 ? pager.bell : lm_sys_watch(pager.poller, pager.bell, EPOLLIN, LM_BELL);
+    for (space = pager.spaces; space != NULL && error == 0; space = space->next)
+        error = space->armed ? watch_locked(space) : 0;
+    return error;
+}
+
 int lm_pager_start(int threads)
 {
     int cpus = lm_sys_cpu_count(), error, i;
@@ -704,7 +765,6 @@ int lm_pager_start(int threads)
 
     if (pager.running)
         return -EALREADY;
-    pager.stopping = false;
     pager.thread_count = 0;
     threads = threads > 0 ? threads : cpus;
     threads = threads < 2 ? 2 : threads > 8 ? 8 : threads;
@@ -713,37 +773,55 @@ int lm_pager_start(int threads)
         return error;
     if (pager.zeros == NULL)
         pager.zeros = zeros;
-    pager.poller = lm_sys_poller();
-    pager.bell = pager.poller < 0 ? pager.poller : lm_sys_bell();
-    error = pager.bell < 0 ? pager.bell : lm_sys_watch(pager.poller, pager.bell, EPOLLIN, LM_BELL);
+    pthread_mutex_lock(&pager.lock);
+    error = open_poller_locked();
+    pager.stopping = false;
+    pager.running = true;
+    pthread_mutex_unlock(&pager.lock);
     for (i = 0; i < threads && error == 0; i++) {
         error = lm_worker_init(&pager.workers[i]);
         if (error == 0)
             error = lm_sys_thread_start(&pager.threads[i], run, &pager.workers[i]);
         pager.thread_count += error == 0;
     }
-    pager.running = true;
     if (error < 0)
         lm_pager_stop();
+    else
+        ask_again();
     return error;
 }
 
 void lm_pager_stop(void)
 {
+    bool settling;
     int i;
 
     if (!pager.running)
         return;
+    pthread_mutex_lock(&pager.lock);
     pager.stopping = true;
-    lm_sys_ring(pager.bell, LM_PAGER_THREADS);
+    if (pager.bell >= 0)
+        lm_sys_ring(pager.bell, 1);
+    pthread_mutex_unlock(&pager.lock);
     for (i = 0; i < pager.thread_count; i++) {
         pthread_join(pager.threads[i], NULL);
         lm_worker_destroy(&pager.workers[i]);
     }
-    lm_sys_close(pager.bell);
-    lm_sys_close(pager.poller);
-    pager.bell = pager.poller = -1;
-    pager.running = false;
+    do { /* the engine's helpers: they may be reading events */
+        pthread_mutex_lock(&pager.lock);
+        settling = pager.settling > 0;
+        if (!settling) {
+            if (pager.bell >= 0)
+                lm_sys_close(pager.bell);
+            if (pager.poller >= 0)
+                lm_sys_close(pager.poller);
+            pager.bell = pager.poller = -1;
+            pager.running = false;
+        }
+        pthread_mutex_unlock(&pager.lock);
+        if (settling)
+            lm_sys_pause(200);
+    } while (settling);
 }
 
 /* ---- what the control plane asks ---- */
@@ -754,8 +832,6 @@ int lm_pager_open_space(int uffd, int agree, uint32_t *ret_space, uint32_t *ret_
     struct space *space;
     int fd, error;
 
-    if (!pager.running)
-        return -ESHUTDOWN;
     if (!lm_uffd_is_one(uffd) && !agree)
         return -EBADF;
     if (agree) {
@@ -786,7 +862,7 @@ static int arm(struct space *space)
     armed = space->armed;
     space->armed = true;
     unlock(space);
-    return armed ? 0 : lm_sys_watch(pager.poller, space->fd, EPOLLIN | EPOLLET, space->id);
+    return armed ? 0 : watch(space);
 }
 
 static void wake_all(struct space *space)
@@ -844,6 +920,26 @@ int lm_pager_map(uint32_t id, uint64_t address, uint64_t length, lm_region *regi
         error = arm(space);
         wake_all(space); /* whose messages an earlier pager has read */
     }
+    leave(space);
+    return error;
+}
+
+int lm_pager_resume_space(uint32_t id, uint32_t parent, uint32_t features, int left)
+{
+    struct space *space = use(id);
+    int error;
+
+    if (space == NULL)
+        return -ESRCH;
+    pthread_mutex_lock(&space->lock);
+    space->parent = parent;
+    space->follows = (features & LM_PAGER_FOLLOWS_FORK) != 0;
+    space->left = left;
+    unlock(space);
+    error = arm(space);
+    /* Not only what is mapped: whoever read the messages before has perhaps not answered all of them. */
+    wake(space, LM_LOWEST, LM_HIGHEST - LM_LOWEST);
+    wake_all(space);
     leave(space);
     return error;
 }

@@ -26,8 +26,10 @@ void lm_pager_settled(struct lm_region *region, uint64_t chunk, bool locked);
 /* CFFI-BEGIN */
 
 /* ---- the pager ---- */
-int lm_pager_start(int threads); /* 0: one a processor, 2 to 8 */
-void lm_pager_stop(void);        /* spaces stay as they are; whoever waits goes on waiting */
+/* threads: 0: one a processor, 2 to 8. What spaces there are is served from now on. */
+int lm_pager_start(int threads);
+/* Spaces stay as they are: nothing more is read of them, nothing put in place, whoever waits goes on waiting. */
+void lm_pager_stop(void);
 
 /* A space for a userfaultfd, which is duplicated. agree: nobody has made its handshake (UFFDIO_API) yet.
  * *ret_features: LM_PAGER_FOLLOWS_FORK. */
@@ -38,6 +40,8 @@ int lm_pager_open_space(int uffd, int agree, uint32_t *ret_space, uint32_t *ret_
 #define LM_PAGER_IS_ZERO 0x100
 int lm_pager_map(uint32_t space, uint64_t address, uint64_t length, lm_region *region, uint64_t offset,
                  uint32_t page, uint32_t flags);
+/* A space that another pager had: all of its memory is mapped, with _MORE. features, left: as in lm_space_report. */
+int lm_pager_resume_space(uint32_t space, uint32_t parent, uint32_t features, int left);
 /* Its connection has ended: it goes as soon as its memory, or its process, has. */
 void lm_pager_leave_space(uint32_t space);
 /* Stop serving it. Whoever waits is somebody else's to serve. */

@@ -97,6 +97,11 @@ def map_memory(
     _check(lib.lm_pager_map(space, address, length, region.handle, offset, page, flags))
 
 
+def resume_space(space: int, parent: int, *, follows_fork: bool, left: bool) -> None:
+    """A space that another pager had, all of whose memory is mapped (with `MORE`): serve it."""
+    _check(lib.lm_pager_resume_space(space, parent, FOLLOWS_FORK if follows_fork else 0, left))
+
+
 def leave_space(space: int) -> None:
     """Its connection has ended; it goes when its memory does, or its process."""
     lib.lm_pager_leave_space(space)
