@@ -33,6 +33,7 @@ from .errors import (
     SnapshotClosed,
 )
 from .fetcher.client import store_error
+from .latency import percentile
 from .options import MIB
 from .store.base import Blob
 
@@ -99,13 +100,7 @@ class Stats:
 
     def latency_percentile(self, percent: float) -> float:
         """Upper bound, in seconds, of the bucket that holds this percentile; 0.0 without faults."""
-        total = sum(self.latency)
-        seen = 0
-        for bucket, count in enumerate(self.latency):
-            seen += count
-            if total and seen >= total * percent / 100:
-                return float(2 ** (bucket + 1)) / 1e9
-        return 0.0
+        return percentile(self.latency, percent)
 
 
 class Memory:
