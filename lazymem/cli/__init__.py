@@ -29,6 +29,7 @@ from .doctor import doctor
 from .extract import extract
 from .info import info
 from .ls import ls
+from .pager import pager
 from .text import plain
 from .verify import verify
 
@@ -78,7 +79,7 @@ def cli() -> None:
     """
 
 
-for _verb in (demo, build, ls, info, verify, extract, cat, copy, cache, doctor):
+for _verb in (demo, build, ls, info, verify, extract, cat, copy, cache, pager, doctor):
     cli.add_command(_verb)
 
 

@@ -54,10 +54,14 @@ class Access:
                 url="pager",
             )
 
-    def check_snapshot(self, peer: Peer, location: str) -> None:
-        """Raises `AccessDenied`."""
+    def check_snapshot(self, peer: Peer, location: str, *, with_options: bool = False) -> str:
+        """The location to open: without links, which the peer may change once they were looked at.
+
+        with_options: the peer says how a URL is reached. Raises `AccessDenied`.
+        """
         shown = locations.display(location)
-        if self.snapshots and canonical(location) not in self.snapshots:
+        name = canonical(location)
+        if self.snapshots and name not in self.snapshots:
             raise AccessDenied(
                 f"{shown}: this pager serves other snapshots; start it with --snapshot {shown}", url=shown
             )
@@ -67,6 +71,13 @@ class Access:
                 f"told to; start it with --snapshot {shown}",
                 url=shown,
             )
+        if with_options and not self.is_ours(peer):
+            raise AccessDenied(
+                f"{shown}: how a URL is reached a pager decides by itself for other users; leave "
+                "storage_options out",
+                url=shown,
+            )
+        return name
 
 
 def canonical(location: str) -> str:

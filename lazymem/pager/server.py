@@ -8,17 +8,17 @@ can harm it alone.
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import logging
 import os
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from .._native import CODES, NativeError
 from .._native import pager as native
@@ -26,12 +26,15 @@ from ..errors import OF_CODE, AccessDenied, LazymemError, OutOfMemory, PagerUnav
 from ..paging import wire
 from ..paging.wire import Answer, Ask
 from .access import Access, Peer
+from .listening import listen_at
+from .status import in_memory, status_of
 from .stock import Stock, Stocks, Wanted
 
 logger = logging.getLogger("lazymem")
 
 _SWEEP_SECONDS: Final = 1.0
 _MAPS_MOST: Final = 1024  # of one client
+_REFUSED_MOST: Final = 64  # connections that are being told that there is no room
 _CODE_OF: Final = {kind: code for code, name in CODES.items() if (kind := OF_CODE.get(name)) is not None}
 
 
@@ -54,6 +57,18 @@ class Session:
     space: int | None = None
     maps: int = 0
     since: float = field(default_factory=time.time)
+    #: What it asked and has no answer to yet. Under the server's lock, like the next three.
+    asked: Ask | None = None
+    #: There was no room for it; it is told so.
+    refused: bool = False
+    #: A handover is under way: the answer is another pager's to give.
+    handed: bool = False
+    #: It has no thread; `Server.resume` gives it one.
+    parked: bool = False
+
+
+class Halted(Exception):
+    """A handover begins."""
 
 
 class Server:
@@ -71,12 +86,19 @@ class Server:
         self.path = os.path.abspath(path)
         self.access = access
         self.stocks = Stocks(limits.memory, threads)
+        self.core_threads = threads or 0
         self._limits = limits
         self._passes_device = passes_device
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._halted = False
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # readable: look at _halted and ending
         self.sessions: set[Session] = set()
         self.listener: socket.socket | None = None
+        self._place: tuple[int, int] | None = None  # device and inode of our socket
         self.ending = threading.Event()
+        #: What a session's thread does, by the session's protocol.
+        self.talkers: dict[str, Callable[[Session], None]] = {"lazymem": self.talk}
         self._handlers: dict[int, Callable[[Session, Ask, int | None], tuple[Answer, int | None]]] = {
             wire.HELLO: self._hello,
             wire.OPEN: self._open,
@@ -90,74 +112,126 @@ class Server:
 
     def listen(self) -> None:
         """Be at the path. Raises `PagerUnavailable` if another pager is there."""
-        with suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
-            try:
-                other.connect(self.path)
-            except ConnectionRefusedError:
-                os.unlink(self.path)  # what a pager that died has left
-            except OSError as error:
-                if error.errno == errno.EPROTOTYPE:
-                    raise PagerUnavailable(
-                        f"{self.path}: is somebody else's socket; name another path"
-                    ) from None
-                if error.errno != errno.ENOENT:
-                    raise PagerUnavailable(f"{self.path}: cannot listen there: {error.strerror}") from error
-            else:
-                raise PagerUnavailable(
-                    f"{self.path}: a pager listens there already; --take-over takes its clients over"
-                )
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            before = os.umask(0o777 & ~self.access.mode)
-            try:
-                listener.bind(self.path)
-            finally:
-                os.umask(before)
-            listener.listen(128)
-        except OSError as error:
-            listener.close()
-            raise PagerUnavailable(f"{self.path}: cannot listen there: {error.strerror}") from error
+        self.listen_by(listen_at(self.path, socket.SOCK_SEQPACKET, self.access.mode))
+
+    def listen_by(self, listener: socket.socket) -> None:
+        """Be at the path by a socket that is bound to it."""
+        listener.setblocking(False)
+        os.chmod(self.path, self.access.mode)
+        place = os.stat(self.path)
+        self._place = place.st_dev, place.st_ino
         self.listener = listener
+
+    def leave(self) -> None:
+        """Take the socket's file away, if it is still ours."""
+        if self._place is not None:
+            with suppress(OSError):
+                place = os.stat(self.path)
+                if (place.st_dev, place.st_ino) == self._place:
+                    os.unlink(self.path)
 
     def serve(self) -> None:
         """Take clients in until `ending` is set. Blocks."""
         assert self.listener is not None
-        self.listener.settimeout(_SWEEP_SECONDS)
         while not self.ending.is_set():
-            try:
-                connection, _ = self.listener.accept()
-            except TimeoutError:
-                self._sweep()
-                continue
-            except OSError as error:
+            self._await_input(self.listener, _SWEEP_SECONDS)
+            with self._lock:
+                while self._halted:
+                    self._changed.wait()
                 if self.ending.is_set():
                     return
-                logger.warning("a client could not be taken in: %s", error)
-                time.sleep(0.05)
-                continue
-            self._take_in(connection)
+                try:
+                    connection, _ = self.listener.accept()
+                except BlockingIOError:
+                    connection = None
+                except OSError as error:
+                    logger.warning("a client could not be taken in: %s", error)
+                    connection = None
+                    self._changed.wait(0.05)
+            if connection is not None:
+                self._take_in(connection)
             self._sweep()
+
+    def stop(self) -> None:
+        """Have `serve` return, once no handover is under way. For signal handlers, too."""
+        self.ending.set()
+        os.eventfd_write(self._bell, 1)
+
+    def _await_input(self, one: socket.socket, seconds: float | None = None) -> None:
+        """Until there is something to read, or the bell rings."""
+        poll = select.poll()
+        poll.register(one, select.POLLIN)
+        poll.register(self._bell, select.POLLIN)
+        poll.poll(None if seconds is None else seconds * 1000)
 
     def _take_in(self, connection: socket.socket) -> None:
         session = Session(Peer.of(connection), connection)
+        session.refused = not self.admit(session)
+        if session.refused and sum(one.refused for one in list(self.sessions)) >= _REFUSED_MOST:
+            connection.close()
+        else:
+            self.start(session)
+
+    def admit(self, session: Session) -> bool:
+        """Whether there is room for it, which it has from then on."""
         with self._lock:
-            full = len(self.sessions) >= self._limits.clients
+            full = sum(not one.refused for one in self.sessions) >= self._limits.clients
             if not full:
                 self.sessions.add(session)
-        if full:
-            with suppress(OSError):
-                wire.send(
-                    connection, wire.failed(0, errno.EUSERS, "this pager has all the clients it may").pack()
-                )
-            connection.close()
-            return
-        self.start(session)
+        return not full
 
     def start(self, session: Session) -> None:
-        """Serve a session by a thread of its own."""
+        """Serve a session by a thread of its own, if its client may still ask."""
         with self._lock:
             self.sessions.add(session)
-        threading.Thread(target=self.talk, args=(session,), daemon=True).start()
+        talk = self.talkers.get(session.protocol)
+        if talk is not None and session.connection is not None:
+            threading.Thread(target=talk, args=(session,), daemon=True).start()
+
+    # ---- a handover ----
+
+    def halt(self) -> list[Session]:
+        """Have nobody taken in and no question taken or answered until `resume`. Sessions of clients.
+
+        What is being asked (`Session.asked`) may be asked of another pager as well. Raises
+        `PagerUnavailable` if a handover is under way already.
+        """
+        with self._lock:
+            if self._halted or self.ending.is_set():
+                raise PagerUnavailable(f"{self.path}: is ending, or being taken over")
+            self._halted = True
+            os.eventfd_write(self._bell, 1)
+            while any(one.asked is not None and one.asked.kind == wire.MAP for one in self.sessions):
+                self._changed.wait()  # it changes the space, and takes no time
+            sessions = [
+                one
+                for one in self.sessions
+                if not one.refused and (one.asked is None or one.asked.kind != wire.TAKE_OVER)
+            ]
+            for one in sessions:
+                one.handed = True
+            return sessions
+
+    def resume(self) -> None:
+        """Go on after `halt`, or end if `ending` is set."""
+        with self._lock:
+            self._halted = False
+            if self.ending.is_set():
+                self._changed.notify_all()
+                return
+            os.eventfd_read(self._bell)
+            parked = [one for one in self.sessions if one.parked]
+            for one in self.sessions:
+                one.handed = one.parked = False
+            self._changed.notify_all()
+        for one in parked:
+            self.start(one)
+
+    def give_up(self) -> None:
+        """All of it is another pager's: `serve` returns."""
+        self._place = None
+        self.stop()
+        self.resume()
 
     _swept = 0.0
 
@@ -169,21 +243,26 @@ class Server:
     # ---- one client ----
 
     def talk(self, session: Session) -> None:
-        """Answer a client until it ends."""
+        """Answer a client until it ends, or a handover begins."""
         assert session.connection is not None
-        session.connection.settimeout(None)
+        session.connection.setblocking(False)
         try:
-            while self._answer_one(session, session.connection):
-                pass
+            # A question that another pager took, or this one before a handover that came to nothing.
+            going = session.asked is None or self._answer(session, session.connection, session.asked, None)
+            while going:
+                self._await_input(session.connection)
+                going = self._answer_one(session, session.connection)
+        except Halted:
+            return
         except OSError as error:
             logger.info("client %d: %s", session.peer.pid, error)
-        finally:
-            self.end(session)
+        self.end(session)
 
     def end(self, session: Session) -> None:
         """Its connection has ended; its memory need not have."""
         with self._lock:
             self.sessions.discard(session)
+            self._changed.notify_all()
         if session.space is not None:
             native.leave_space(session.space)
         if session.stock is not None:
@@ -192,16 +271,32 @@ class Server:
             session.connection.close()
 
     def _answer_one(self, session: Session, connection: socket.socket) -> bool:
-        descriptor: int | None = None
-        sent: int | None = None
-        asked = 0
-        try:
-            packet, descriptor = wire.receive(connection)
+        with self._lock:
+            if self._halted:
+                session.parked = True
+                raise Halted
+            try:
+                packet, descriptor = wire.receive(connection)
+            except BlockingIOError:
+                return True
+            except wire.BadPacket as error:
+                wire.send(connection, wire.failed(0, errno.EPROTO, str(error)).pack())
+                return False
             if not packet:
                 return False
-            ask = wire.unpack_ask(packet)
-            asked = ask.id
-            self.access.check_peer(session.peer)
+            try:
+                session.asked = ask = wire.unpack_ask(packet)
+            except wire.BadPacket as error:
+                if descriptor is not None:
+                    os.close(descriptor)
+                wire.send(connection, wire.failed(0, errno.EPROTO, str(error)).pack())
+                return False
+        return self._answer(session, connection, ask, descriptor)
+
+    def _answer(self, session: Session, connection: socket.socket, ask: Ask, descriptor: int | None) -> bool:
+        sent: int | None = None
+        try:
+            self._check(session, ask)
             if ask.kind == wire.TAKE_OVER:
                 from .handover import give
 
@@ -212,20 +307,35 @@ class Server:
                 raise wire.BadPacket(f"a packet asks for {ask.kind}, which this version does not know")
             answer, sent = handler(session, ask, descriptor)
         except wire.BadPacket as error:
-            answer = wire.failed(asked, errno.EPROTO, str(error))
+            answer = wire.failed(ask.id, errno.EPROTO, str(error))
         except LazymemError as error:
-            answer = wire.failed(asked, _code_of(error), str(error))
+            answer = wire.failed(ask.id, _code_of(error), str(error))
         except NativeError as error:
-            answer = wire.failed(asked, error.code, str(error))
+            answer = wire.failed(ask.id, error.code, str(error))
         finally:
             if descriptor is not None:
                 os.close(descriptor)
         try:
-            wire.send(connection, answer.pack(), sent)
+            with self._lock:
+                if session.handed:
+                    session.parked = True
+                    raise Halted
+                session.asked = None
+                self._changed.notify_all()
+                wire.send(connection, answer.pack(), sent)  # a client that does not read its answers is left
         finally:
             if sent is not None:
                 os.close(sent)
-        return answer.code not in (-errno.EPROTO, -errno.EACCES)
+        return answer.code not in (-errno.EPROTO, -errno.EACCES, -errno.EUSERS)
+
+    def _check(self, session: Session, ask: Ask) -> None:
+        self.access.check_peer(session.peer)
+        ours = ask.kind in (wire.STATUS, wire.TAKE_OVER) and self.access.is_ours(session.peer)
+        if session.refused and not ours:
+            raise NativeError(
+                -errno.EUSERS, None,
+                f"this pager serves {self._limits.clients} clients already; raise its --max-clients",
+            )  # fmt: skip
 
     def _hello(self, session: Session, ask: Ask, _: int | None) -> tuple[Answer, int | None]:
         device = None
@@ -238,8 +348,16 @@ class Server:
         if session.stock is not None:
             raise wire.BadPacket("a connection opens one snapshot; make another connection")
         wanted = Wanted.of(wire.json_of(ask.payload))
-        self.access.check_snapshot(session.peer, wanted.location)
-        session.stock = self.stocks.get(wanted)
+        location = self.access.check_snapshot(
+            session.peer, wanted.location, with_options=bool(wanted.storage_options)
+        )
+        stock = self.stocks.get(replace(wanted, location=location))
+        with self._lock:
+            if session.handed:  # another pager opens it, unless that comes to nothing: then it is asked again
+                self.stocks.leave(stock)
+                session.parked = True
+                raise Halted
+            session.stock = stock
         memory = session.stock.open()
         answer = Answer(
             ask.id, length=memory.size, content=session.stock.content_size, page=memory.chunk_size
@@ -286,70 +404,13 @@ class Server:
     def _status(self, session: Session, ask: Ask, _: int | None) -> tuple[Answer, int | None]:
         if not self.access.is_ours(session.peer):
             raise AccessDenied("a pager's status is for its own user and root", url="pager")
-        return Answer(ask.id), in_memory(json.dumps(self.status()).encode())
+        found = status_of(self.path, self.clients(), list(self.stocks.by_serial().values()))
+        return Answer(ask.id), in_memory(json.dumps(found).encode())
 
-    def status(self) -> dict[str, Any]:
-        """What `lazymem pager status --json` prints."""
+    def clients(self) -> dict[int, Session]:
+        """Those with memory and a connection, by their space."""
         with self._lock:
-            sessions = [one for one in self.sessions if one.stock is not None]
-        stocks = self.stocks.by_serial()
-        by_space = {one.space: one for one in sessions if one.space is not None}
-        spaces = native.spaces()
-        return {
-            "pid": os.getpid(),
-            "socket": self.path,
-            "clients": len(by_space),
-            "waiting": sum(one.waiting for one in spaces),
-            "faults": sum(one.faults for one in spaces),
-            "latency": _summed(one.latency for one in spaces),
-            "snapshots": [_describe_stock(one) for one in stocks.values()],
-            "spaces": [_describe_space(one, by_space.get(one.space)) for one in spaces],
-        }
-
-
-def in_memory(data: bytes) -> int:
-    """A memfd that holds `data`, at its beginning."""
-    fd = os.memfd_create("lazymem-status", os.MFD_CLOEXEC)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.lseek(fd, 0, os.SEEK_SET)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _describe_stock(stock: Stock) -> dict[str, Any]:
-    memory = stock.open()
-    stats = memory.stats()
-    fd = native.memory_descriptor(memory)
-    try:
-        resident = os.fstat(fd).st_blocks * 512
-    finally:
-        os.close(fd)
-    return {
-        "url": stock.url, "bytes": memory.size, "resident": resident, "spaces": native.users(memory),
-        "chunks_demand": stats.chunks_demand, "chunks_prefetch": stats.chunks_prefetch,
-        "chunks_failed": stats.chunks_failed, "bytes_read": stats.bytes_read,
-    }  # fmt: skip
-
-
-def _describe_space(one: native.SpaceReport, session: Session | None) -> dict[str, Any]:
-    client = None
-    if session is not None:
-        client = {"pid": session.peer.pid, "uid": session.peer.uid, "protocol": session.protocol,
-                  "since": session.since, "url": session.stock.url if session.stock else None}  # fmt: skip
-    return {
-        "space": one.space, "parent": one.parent or None, "client": client, "follows_fork": one.follows_fork,
-        "mapped": one.mapped, "pieces": one.pieces, "served": one.served, "faults": one.faults,
-        "waiting": one.waiting, "failed": one.failed, "latency": list(one.latency),
-    }  # fmt: skip
-
-
-def _summed(histograms: Any) -> list[int]:
-    return [sum(column) for column in itertools.zip_longest(*histograms, fillvalue=0)]
+            return {one.space: one for one in self.sessions if one.space is not None}
 
 
 def _code_of(error: LazymemError) -> int:

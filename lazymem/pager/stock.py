@@ -66,6 +66,9 @@ class Stock:
             self.identities = tuple(blob.identity for blob in self.blobs)
             self._closing = stack.pop_all()
         self.users = 0
+        self.wanted = replace(
+            wanted, identities=self.identities
+        )  # by which another pager finds the very same
         self.memory: NativeRegion | None = None
         self._options = options
 
@@ -163,6 +166,11 @@ class Stocks:
         finally:
             if not kept:
                 fresh.close()
+
+    def use(self, stock: Stock) -> None:
+        """One more user, of one that has a user."""
+        with self._lock:
+            stock.users += 1
 
     def leave(self, stock: Stock) -> None:
         """A connection that used it has ended."""

@@ -13,13 +13,13 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, Final
 
 from .._native import NativeError, NativeRegion
 from .._native import pager as native
 from ..catalog import Layout
-from ..errors import BackendUnavailable, PagerUnavailable, SnapshotChanged
+from ..errors import BackendUnavailable, OutOfMemory, PagerUnavailable, SnapshotChanged
 from ..fetcher.client import store_error
 from ..options import OpenOptions, pager_timeout
 from . import wire
@@ -58,7 +58,8 @@ def ask(
 ) -> tuple[Answer, int | None]:
     """One question, and its answer with the descriptor that came along. Raises `PagerUnavailable`."""
     try:
-        wire.send(connection, question.pack(), descriptor)
+        with suppress(BrokenPipeError, ConnectionResetError):  # it may have said why before it went
+            wire.send(connection, question.pack(), descriptor)
         packet, received = wire.receive(connection)
         if not packet:
             raise PagerUnavailable(f"{path}: the pager ended while it was asked; is it still running?")
@@ -69,6 +70,16 @@ def ask(
         ) from None
     except OSError as error:
         raise PagerUnavailable(f"{path}: the pager does not answer: {error.strerror or error}") from error
+
+
+def status(path: str) -> dict[str, Any]:
+    """What the pager at `path` says of itself (`lazymem.pager.status`). Raises `PagerUnavailable`."""
+    with closing(connect(path, 0.0)) as connection:
+        answer, memory = ask(connection, path, Ask(wire.STATUS, id=1))
+    if answer.code < 0 or memory is None:
+        raise PagerUnavailable(f"{path}: {answer.text or 'its status came without its memory'}")
+    with os.fdopen(memory, "rb") as file:
+        return wire.json_of(file.read())
 
 
 class Client:
@@ -119,8 +130,10 @@ class Client:
     def raise_if_failed(self, answer: Answer) -> None:
         if answer.code == 0:
             return
-        if answer.code in (-errno.EACCES, -errno.EPROTO):
+        if answer.code in (-errno.EACCES, -errno.EPROTO, -errno.EUSERS):
             raise PagerUnavailable(f"{self.path}: {answer.text}")
+        if answer.code == -errno.ENOMEM:
+            raise OutOfMemory(f"{self.path}: {answer.text}")
         raise store_error(self.url, answer.code, answer.text)
 
     def _map(self, connection: socket.socket, device: int | None, opened: Answer, memfd: int) -> NativeRegion:
