@@ -17,6 +17,7 @@ import lazymem
 
 from .. import pagers
 from ..children import run_child
+from .network import wait_until
 
 KILLS = int(os.environ.get("LAZYMEM_TEST_KILLS", "6"))
 PAGES = 1024
@@ -129,13 +130,13 @@ def test_children_wait_for_ever_rather_than_read_zeros(tmp_path: Path, files: tu
             pytest.skip("EVENT_FORK is for the privileged")
         client = start(pager, files, code)
         child = int(pagers.line_of(client))
-        pagers.wait_until(lambda: len(pager.status()["spaces"]) == 2)
+        wait_until(lambda: len(pager.status()["spaces"]) == 2)
         pager.kill()
         assert client.stdin is not None
         client.stdin.write("\n")
         client.stdin.flush()
         assert pagers.line_of(client) == "reads"
-        pagers.wait_until(lambda: "handle_userfault" in Path(f"/proc/{child}/wchan").read_text())
+        wait_until(lambda: "handle_userfault" in Path(f"/proc/{child}/wchan").read_text())
         os.kill(child, signal.SIGKILL)
         out, err = client.communicate(timeout=60)
     assert out == "", err
@@ -152,13 +153,13 @@ def test_clients_killed_at_any_moment_leave_nothing(tmp_path: Path, files: tuple
             client = start(pager, files, f"time.sleep({delay} / 500); {code}")
             client.kill()
             client.communicate()
-        pagers.wait_until(lambda: not pager.status()["spaces"] and not pager.status()["snapshots"])
+        wait_until(lambda: not pager.status()["spaces"] and not pager.status()["snapshots"])
         before = descriptors()
         for _ in range(3):
             client = start(pager, files, code)
             client.kill()
             client.communicate()
-        pagers.wait_until(lambda: not pager.status()["spaces"] and not pager.status()["snapshots"])
+        wait_until(lambda: not pager.status()["spaces"] and not pager.status()["snapshots"])
         assert descriptors() == before
         done = run_child(OPENED, pager.path, *files)
         assert done.returncode == 0, done.stderr
@@ -171,7 +172,7 @@ def test_a_stopped_pager_is_waited_for(tmp_path: Path, files: tuple[Path, Path])
         assert client.stdin is not None
         client.stdin.write("\n")
         client.stdin.flush()
-        pagers.wait_until(lambda: "handle_userfault" in Path(f"/proc/{client.pid}/wchan").read_text())
+        wait_until(lambda: "handle_userfault" in Path(f"/proc/{client.pid}/wchan").read_text())
         os.kill(pager.process.pid, signal.SIGCONT)
         out, err = client.communicate(timeout=60)
     assert (client.returncode, out) == (0, "True\n"), err

@@ -18,6 +18,7 @@ from .. import pagers
 from ..native.programs import HERE as NATIVE_TESTS
 from ..native.programs import NATIVE
 from ..once import made_once
+from .network import wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="EVENT_FORK is for the privileged")
 #: Of 4096 bytes; some of zeros, so that chunks are elided.
@@ -83,5 +84,5 @@ def test_trees_at_once_share_a_pager(pager: pagers.Pager, client: Path, guest: t
 
 
 def test_nothing_is_left_of_trees_that_ended(pager: pagers.Pager) -> None:
-    pagers.wait_until(lambda: not pager.status()["spaces"])
+    wait_until(lambda: not pager.status()["spaces"])
     assert pager.status()["waiting"] == 0
