@@ -217,6 +217,7 @@ class Attachment:
                     os.close(fd)
             raise
         self._handle = ffi.gc(out[0], lib.lm_attachment_free)
+        self._leave = lib.lm_attachment_leave  # this module's names may be gone when the interpreter ends
 
     @property
     def adoptions(self) -> int:
@@ -230,7 +231,7 @@ class Attachment:
 
     def leave(self) -> None:
         """The memory is about to be unmapped."""
-        lib.lm_attachment_leave(self._handle)
+        self._leave(self._handle)
 
     def close(self) -> None:
         """End the thread, once the memory is unmapped."""

@@ -187,3 +187,19 @@ with running_pager(url, everybody=True) as socket:
     if os.geteuid() != 0:
         pytest.skip("only root can be two users")
     assert check_child(code, snapshot_path).splitlines() == ["nobody []", "own user ['open']", "[] []"]
+
+
+def test_process_whose_pager_has_died_ends_without_waiting_for_another(snapshot_path: Path) -> None:
+    """A snapshot that is let go of, or that the interpreter's end finds open, is not kept for the pager's
+    deadline of 60 seconds: unmapping waits until somebody has read of it."""
+    code = (
+        COMMON
+        + """
+with running_pager() as socket:
+    kept, dropped = lazymem.open(url, pager=socket), lazymem.open(url, pager=socket)
+    kept["ids"].sum()
+del dropped
+print("dropped")
+"""
+    )
+    assert check_child(code, snapshot_path, deadline=30) == "dropped\n"
