@@ -993,9 +993,12 @@ int64_t lm_pager_populate(uint32_t id, uint64_t address, uint64_t length)
         return -ESRCH;
     do {
         pthread_mutex_lock(&space->lock);
-        drain_locked(space);
+        if (space->armed)
+            drain_locked(space);
         got = space->gone ? -ESRCH : populate_step_locked(space, address, end, &next);
-        pthread_mutex_unlock(&space->lock);
+        if (space->fault_count > 0)
+            atomic_store(&space->dirty, true);
+        unlock(space);
         if (got >= 0) {
             in_place += got;
             address = next;
@@ -1006,7 +1009,6 @@ int64_t lm_pager_populate(uint32_t id, uint64_t address, uint64_t length)
             break;
         }
     } while (got == -EAGAIN || next != 0);
-    ask_again(); /* faults may have been read in passing */
     leave(space);
     return got < 0 ? got : in_place;
 }
