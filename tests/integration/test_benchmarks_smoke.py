@@ -17,7 +17,8 @@ from ..children import check_child
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = (
-    "first_element", "full_scan", "random_touch", "sparse", "opening", "memory", "fault_profile", "weights",
+    "first_element", "full_scan", "random_touch", "sparse", "opening", "memory", "fault_profile", "pager",
+    "weights",
 )  # fmt: skip
 
 has_peers = pytest.mark.skipif(
