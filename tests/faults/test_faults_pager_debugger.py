@@ -171,12 +171,14 @@ with running_pager() as socket:
     client = Client(path, socket)
     at = client.ask("addresses()")
     untouched, weights = at["ids"] + 8 * 250_000, at["layer.3.weight"]
-    ask = f"from lazymem.paging.outside import populate; populate({json.dumps(socket)}, pid={client.pid})"
+    ask = f"{sys.executable} -m lazymem pager populate --socket {socket} --pid {client.pid}"
     commands = [
         "set debuginfod enabled off",
         f"x/gd {untouched}",
-        f"shell {sys.executable} -c '{ask}'",
+        f"shell {ask} --address {untouched:#x}",
         f"x/gd {untouched}",
+        f"x/gd {weights}",
+        f"shell {ask} -q",
         f"dump binary memory {dump} {weights} {weights + right['layer.3.weight'].nbytes}",
         f"set var *(long *){untouched} = -7",
         "detach",
@@ -188,7 +190,7 @@ with running_pager() as socket:
         sys.exit(77)
     shown = re.findall(rf"{untouched:#x}:\\t(\\d+)$", said, re.M)
     refused = said.count(f"Cannot access memory at address {untouched:#x}")  # before it was populated
-    print(set(shown), len(shown) + refused == 2 or said)
+    print(set(shown), len(shown) + refused == 2 or said, "4,096 bytes are in place" in said)
     print(open(dump, "rb").read() == right["layer.3.weight"].tobytes())
     print(client.ask("wrong({'ids': {'250000': -7}})"))
     client.kill()
@@ -197,7 +199,7 @@ with running_pager() as socket:
     done = run_child(code, snapshot_path, tmp_path / "dump", gdb)
     if done.returncode == 77:
         pytest.skip("ptrace is not allowed here")
-    assert (done.returncode, done.stdout) == (0, "{'250000'} True\nTrue\n[]\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "{'250000'} True True\nTrue\n[]\n"), done.stderr
 
 
 def test_tracer_of_the_same_pager_reads_into_untouched_memory_of_its_own(snapshot_path: Path) -> None:
