@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ..children import check_child, run_child
+from .pager_process import running_pager
 from .test_faults_damage import damaged  # noqa: F401
 
 pytestmark = pytest.mark.needs_userfaultfd
@@ -30,6 +32,7 @@ from lazymem.paging.outside import populate
 from tests.arrays import make_arrays
 from tests.faults.pager_process import Client, running_pager
 
+path, socket, *more = sys.argv[1:]
 libc = ctypes.CDLL(None, use_errno=True)
 right = make_arrays()
 ids = right["ids"]
@@ -90,29 +93,35 @@ def is_refused_or_right(found, expected):
 """
 
 
-def test_stopped_client_is_read_and_written_by_process_vm(snapshot_path: Path) -> None:
+@pytest.fixture(scope="module")
+def pager() -> Iterator[str]:
+    """The socket of a pager of root's, or whoever runs the tests."""
+    with running_pager() as socket:
+        yield socket
+
+
+def test_stopped_client_is_read_and_written_by_process_vm(snapshot_path: Path, pager: str) -> None:
     """Every thread of it is stopped; what was not written stays right. Mode "r" is not written."""
     code = (
         COMMON
         + """
-with running_pager() as socket:
-    for mode in "c", "r":
-        client = Client(sys.argv[1], socket, mode)
-        at = client.ask("addresses()")
-        stop(client.pid)
-        wrong = [name for name in list(right)[:8] if not read_vm(client.pid, at[name], right[name])]
-        wrote = process_vm(libc.process_vm_writev, client.pid, at["ids"] + 8 * 99_999, np.array([-1, -2]))
-        wrong += [] if read_vm(client.pid, at["ids"] + 8 * 100_001, ids[100_001:]) else ["after"]
-        os.kill(client.pid, signal.SIGCONT)
-        changed = {"ids": {"99999": -1, "100000": -2}} if mode == "c" else {}
-        print(mode, wrong, wrote, client.ask(f"wrong({changed})"))
-        client.kill()
+for mode in "c", "r":
+    client = Client(path, socket, mode)
+    at = client.ask("addresses()")
+    stop(client.pid)
+    wrong = [name for name in list(right)[:8] if not read_vm(client.pid, at[name], right[name])]
+    wrote = process_vm(libc.process_vm_writev, client.pid, at["ids"] + 8 * 99_999, np.array([-1, -2]))
+    wrong += [] if read_vm(client.pid, at["ids"] + 8 * 100_001, ids[100_001:]) else ["after"]
+    os.kill(client.pid, signal.SIGCONT)
+    changed = {"ids": {"99999": -1, "100000": -2}} if mode == "c" else {}
+    print(mode, wrong, wrote, client.ask(f"wrong({changed})"))
+    client.kill()
 """
     )
-    assert check_child(code, snapshot_path).splitlines() == ["c [] 16 []", "r [] Bad address []"]
+    assert check_child(code, snapshot_path, pager).splitlines() == ["c [] 16 []", "r [] Bad address []"]
 
 
-def test_stopped_client_is_read_and_written_by_proc_mem_and_ptrace(snapshot_path: Path) -> None:
+def test_stopped_client_is_read_and_written_by_proc_mem_and_ptrace(snapshot_path: Path, pager: str) -> None:
     """Once the pager was asked to populate: a range, which leaves the rest as it was, and all of it. What was
     written before stays."""
     code = (
@@ -121,33 +130,32 @@ def test_stopped_client_is_read_and_written_by_proc_mem_and_ptrace(snapshot_path
 def word(index):
     return struct.pack("q", ids[index])
 
-with running_pager() as socket:
-    client = Client(sys.argv[1], socket)
-    client.ask("write('ids', 5, -5)")
-    begin = client.ask("addresses()")["ids"]
-    at = lambda index: begin + 8 * index
-    pid = client.pid
-    assert libc.ptrace(ATTACH, pid, None, None) == 0
-    os.waitpid(pid, 0)
-    print("before", is_refused_or_right(of_mem(pid, at(200_000)), word(200_000)),
-          is_refused_or_right(peek(pid, at(200_000)), 200_000),
-          is_refused_or_right(to_mem(pid, at(250_000), b"12345678"), 8))
-    print("populated", populate(socket, pid=pid, address=at(200_000) + 3, length=5))
-    print("range", of_mem(pid, at(200_000)) == word(200_000), peek(pid, at(200_000)) == 200_000,
-          is_refused_or_right(of_mem(pid, at(100_000)), word(100_000)))
-    print("all", populate(socket, pid=pid) >= everything)
-    print("mem", of_mem(pid, begin, ids.nbytes) == ids.tobytes().replace(word(5), struct.pack("q", -5), 1))
-    print("wrote", to_mem(pid, at(250_000), struct.pack("q", -1)),
-          libc.ptrace(POKE, pid, at(260_000), 2**64 - 2), peek(pid, at(260_000)))
-    assert libc.ptrace(DETACH, pid, None, None) == 0
-    print(client.ask("wrong({'ids': {'5': -5, '250000': -1, '260000': -2}})"))
-    client.kill()
-    other = Client(sys.argv[1], socket)
-    print(other.ask("wrong()"))
-    other.kill()
+client = Client(path, socket)
+client.ask("write('ids', 5, -5)")
+begin = client.ask("addresses()")["ids"]
+at = lambda index: begin + 8 * index
+pid = client.pid
+assert libc.ptrace(ATTACH, pid, None, None) == 0
+os.waitpid(pid, 0)
+print("before", is_refused_or_right(of_mem(pid, at(200_000)), word(200_000)),
+      is_refused_or_right(peek(pid, at(200_000)), 200_000),
+      is_refused_or_right(to_mem(pid, at(250_000), b"12345678"), 8))
+print("populated", populate(socket, pid=pid, address=at(200_000) + 3, length=5))
+print("range", of_mem(pid, at(200_000)) == word(200_000), peek(pid, at(200_000)) == 200_000,
+      is_refused_or_right(of_mem(pid, at(100_000)), word(100_000)))
+print("all", populate(socket, pid=pid) >= everything)
+print("mem", of_mem(pid, begin, ids.nbytes) == ids.tobytes().replace(word(5), struct.pack("q", -5), 1))
+print("wrote", to_mem(pid, at(250_000), struct.pack("q", -1)),
+      libc.ptrace(POKE, pid, at(260_000), 2**64 - 2), peek(pid, at(260_000)))
+assert libc.ptrace(DETACH, pid, None, None) == 0
+print(client.ask("wrong({'ids': {'5': -5, '250000': -1, '260000': -2}})"))
+client.kill()
+other = Client(path, socket)
+print(other.ask("wrong()"))
+other.kill()
 """
     )
-    assert check_child(code, snapshot_path).splitlines() == [
+    assert check_child(code, snapshot_path, pager).splitlines() == [
         "before True True True",
         "populated 5",
         "range True True True",
@@ -159,75 +167,77 @@ with running_pager() as socket:
     ]
 
 
-def test_gdb_reads_and_writes_what_nobody_has_touched(snapshot_path: Path, tmp_path: Path) -> None:
+def test_gdb_reads_and_writes_what_nobody_has_touched(
+    snapshot_path: Path, pager: str, tmp_path: Path
+) -> None:
     gdb = shutil.which("gdb")
     if gdb is None:
         pytest.skip("needs gdb")
     code = (
         COMMON
         + """
-path, dump, gdb = sys.argv[1:]
-with running_pager() as socket:
-    client = Client(path, socket)
-    at = client.ask("addresses()")
-    untouched, weights = at["ids"] + 8 * 250_000, at["layer.3.weight"]
-    ask = f"{sys.executable} -m lazymem pager populate --socket {socket} --pid {client.pid}"
-    commands = [
-        "set debuginfod enabled off",
-        f"x/gd {untouched}",
-        f"shell {ask} --address {untouched:#x}",
-        f"x/gd {untouched}",
-        f"x/gd {weights}",
-        f"shell {ask} -q",
-        f"dump binary memory {dump} {weights} {weights + right['layer.3.weight'].nbytes}",
-        f"set var *(long *){untouched} = -7",
-        "detach",
-    ]
-    command = [gdb, "-nx", "-p", str(client.pid), "-batch", *(p for one in commands for p in ("-ex", one))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    if "ptrace: Operation not permitted" in said:
-        sys.exit(77)
-    shown = re.findall(rf"{untouched:#x}:\\t(\\d+)$", said, re.M)
-    refused = said.count(f"Cannot access memory at address {untouched:#x}")  # before it was populated
-    print(set(shown), len(shown) + refused == 2 or said, "4,096 bytes are in place" in said)
-    print(open(dump, "rb").read() == right["layer.3.weight"].tobytes())
-    print(client.ask("wrong({'ids': {'250000': -7}})"))
-    client.kill()
+dump, gdb = more
+client = Client(path, socket)
+at = client.ask("addresses()")
+untouched, weights = at["ids"] + 8 * 250_000, at["layer.3.weight"]
+ask = "from lazymem.cli.pager_populate import populate; populate()"
+commands = [
+    "set debuginfod enabled off",
+    f"x/gd {untouched}",
+    f"shell {sys.executable} -c '{ask}' --socket {socket} --pid {client.pid} --address {untouched:#x}",
+    f"x/gd {untouched}",
+    f"x/gd {weights}",
+    f"shell {sys.executable} -c '{ask}' -q --socket {socket} --pid {client.pid}",
+    f"dump binary memory {dump} {weights} {weights + right['layer.3.weight'].nbytes}",
+    f"set var *(long *){untouched} = -7",
+    "detach",
+]
+command = [gdb, "-nx", "-p", str(client.pid), "-batch", *(p for one in commands for p in ("-ex", one))]
+done = subprocess.run(command, capture_output=True, text=True)
+said = done.stdout + done.stderr
+if "ptrace: Operation not permitted" in said:
+    sys.exit(77)
+shown = re.findall(rf"{untouched:#x}:\\t(\\d+)$", said, re.M)
+refused = said.count(f"Cannot access memory at address {untouched:#x}")  # before it was populated
+print(set(shown), len(shown) + refused == 2 or said, "4,096 bytes are in place" in said)
+print(open(dump, "rb").read() == right["layer.3.weight"].tobytes())
+print(client.ask("wrong({'ids': {'250000': -7}})"))
+client.kill()
 """
     )
-    done = run_child(code, snapshot_path, tmp_path / "dump", gdb)
+    done = run_child(code, snapshot_path, pager, tmp_path / "dump", gdb)
     if done.returncode == 77:
         pytest.skip("ptrace is not allowed here")
     assert (done.returncode, done.stdout) == (0, "{'250000'} True True\nTrue\n[]\n"), done.stderr
 
 
-def test_tracer_of_the_same_pager_reads_into_untouched_memory_of_its_own(snapshot_path: Path) -> None:
+def test_tracer_of_the_same_pager_reads_into_untouched_memory_of_its_own(
+    snapshot_path: Path, pager: str
+) -> None:
     """Both sides of one system call wait for the same pager."""
     code = (
         COMMON
         + """
-with running_pager() as socket:
-    client = Client(sys.argv[1], socket)
-    at = client.ask("addresses()")
-    mine = lazymem.open(sys.argv[1], pager=socket, mode="c")
-    assert libc.ptrace(ATTACH, client.pid, None, None) == 0
-    os.waitpid(client.pid, 0)
-    print(process_vm(libc.process_vm_readv, client.pid, at["layer.1.weight"], mine["layer.2.weight"]))
-    print(process_vm(libc.process_vm_writev, client.pid, at["layer.4.weight"], mine["layer.3.weight"]))
-    libc.ptrace(DETACH, client.pid, None, None)
-    same = [np.array_equal(mine["layer.2.weight"], right["layer.1.weight"])]
-    same += [np.array_equal(mine[name], right[name]) for name in right if name != "layer.2.weight"]
-    moved = "bool((arrays['layer.4.weight'] == arrays['layer.3.weight']).all())"
-    print(all(same), client.ask("wrong()"), client.ask(moved))
-    client.kill()
+client = Client(path, socket)
+at = client.ask("addresses()")
+mine = lazymem.open(path, pager=socket, mode="c")
+assert libc.ptrace(ATTACH, client.pid, None, None) == 0
+os.waitpid(client.pid, 0)
+print(process_vm(libc.process_vm_readv, client.pid, at["layer.1.weight"], mine["layer.2.weight"]))
+print(process_vm(libc.process_vm_writev, client.pid, at["layer.4.weight"], mine["layer.3.weight"]))
+libc.ptrace(DETACH, client.pid, None, None)
+same = [np.array_equal(mine["layer.2.weight"], right["layer.1.weight"])]
+same += [np.array_equal(mine[name], right[name]) for name in right if name != "layer.2.weight"]
+moved = "bool((arrays['layer.4.weight'] == arrays['layer.3.weight']).all())"
+print(all(same), client.ask("wrong()"), client.ask(moved))
+client.kill()
 """
     )
     size = 1024 * 512 * 4
-    assert check_child(code, snapshot_path) == f"{size}\n{size}\nTrue ['layer.4.weight'] True\n"
+    assert check_child(code, snapshot_path, pager) == f"{size}\n{size}\nTrue ['layer.4.weight'] True\n"
 
 
-def test_child_of_a_fork_is_populated_by_its_space(snapshot_path: Path) -> None:
+def test_child_of_a_fork_is_populated_by_its_space(snapshot_path: Path, pager: str) -> None:
     """No connection tells its process id; it is stopped before it has touched anything."""
     if os.geteuid() != 0:
         pytest.skip("events of a fork need CAP_SYS_PTRACE")
@@ -243,55 +253,56 @@ def status(socket):
     with open(fd, "rb") as file:
         return json.load(file)
 
-with running_pager() as socket:
-    client = Client(sys.argv[1], socket)
-    at = client.ask("addresses()")
-    in_child = "[os.kill(os.getpid(), 19), wrong()][1]"
-    client.say(in_child + " if (pid := os.fork()) == 0 else [pid, os.waitpid(pid, 2)]")
-    pid, _ = json.loads(client.hear())
-    (space,) = [one["space"] for one in status(socket)["spaces"] if one["parent"]]
-    try:
-        populate(socket, pid=pid)
-    except lazymem.errors.OptionError as error:
-        print("known by its space alone" in str(error))
-    print(is_refused_or_right(of_mem(pid, at["ids"], ids.nbytes), ids.tobytes()))
-    print(populate(socket, space=space) >= everything)
-    print(of_mem(pid, at["ids"], ids.nbytes) == ids.tobytes())
-    os.kill(pid, signal.SIGCONT)
-    print(client.hear(), client.ask("wrong()"))
-    os.kill(pid, signal.SIGKILL)
-    client.kill()
+client = Client(path, socket)
+at = client.ask("addresses()")
+in_child = "[os.kill(os.getpid(), 19), wrong()][1]"
+client.say(in_child + " if (pid := os.fork()) == 0 else [pid, os.waitpid(pid, 2)]")
+pid, _ = json.loads(client.hear())
+spaces = status(socket)["spaces"]
+(mine,) = [one["space"] for one in spaces if one["client"] and one["client"]["pid"] == client.pid]
+(space,) = [one["space"] for one in spaces if one["parent"] == mine]
+try:
+    populate(socket, pid=pid)
+except lazymem.errors.OptionError as error:
+    print("known by its space alone" in str(error))
+print(is_refused_or_right(of_mem(pid, at["ids"], ids.nbytes), ids.tobytes()))
+print(populate(socket, space=space) >= everything)
+print(of_mem(pid, at["ids"], ids.nbytes) == ids.tobytes())
+os.kill(pid, signal.SIGCONT)
+print(client.hear(), client.ask("wrong()"))
+os.kill(pid, signal.SIGKILL)
+client.kill()
 """
     )
-    assert check_child(code, snapshot_path) == "True\nTrue\nTrue\nTrue\n[]\n []\n"
+    assert check_child(code, snapshot_path, pager) == "True\nTrue\nTrue\nTrue\n[]\n []\n"
 
 
 def test_populating_names_what_cannot_be_had_and_brings_the_rest(
     damaged: tuple[Path, int],  # noqa: F811
+    pager: str,
 ) -> None:
     path, chunk = damaged
     code = (
         COMMON
         + """
-with running_pager() as socket:
-    client = Client(sys.argv[1], socket)
-    at = client.ask("addresses()")
-    stop(client.pid)
-    try:
-        populate(socket, pid=client.pid)
-    except lazymem.errors.ReadError as error:
-        print(error)
-    print(of_mem(client.pid, at["layer.3.weight"] + 65536))
-    print(of_mem(client.pid, at["ids"], ids.nbytes) == ids.tobytes())
-    client.kill()
+client = Client(path, socket)
+at = client.ask("addresses()")
+stop(client.pid)
+try:
+    populate(socket, pid=client.pid)
+except lazymem.errors.ReadError as error:
+    print(error)
+print(of_mem(client.pid, at["layer.3.weight"] + 65536))
+print(of_mem(client.pid, at["ids"], ids.nbytes) == ids.tobytes())
+client.kill()
 """
     )
-    said, damage, after = check_child(code, path).splitlines()
+    said, damage, after = check_child(code, path, pager).splitlines()
     assert f"chunk {chunk} (array 'layer.3.weight')" in said
     assert (damage, after) == ("EIO", "True")
 
 
-def test_populating_is_for_the_clients_own_user(snapshot_path: Path) -> None:
+def test_populating_is_for_the_clients_own_user(snapshot_path: Path, pager: str) -> None:
     """A user may have an own process populated, and nobody else's."""
     if os.geteuid() != 0:
         pytest.skip("only root can be two users")
@@ -329,7 +340,7 @@ with running_pager(path, everybody=True) as socket:
 shutil.rmtree(os.path.dirname(path))
 """
     )
-    refused, own = check_child(code, snapshot_path).splitlines()
+    refused, own = check_child(code, snapshot_path, pager).splitlines()
     assert refused.startswith("PagerUnavailable: "), refused
     assert "another user's" in refused
     assert own == "True"
