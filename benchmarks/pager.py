@@ -128,7 +128,7 @@ def _touch_cases(data: Data, settings: Settings) -> Iterator[Case]:
     raw, library = data.raw("bf16"), smallest_handler.build(data.folder)
     if library is None:
         settings.skipped.append("pager: without the smallest handler, because there is no C compiler (cc).")
-    for chunk in CHUNKS:
+    for chunk in CHUNKS[:1] if settings.tiny else CHUNKS:
         path = data.snapshot("bf16", "zstd", True, chunk)
         for clients in settings.points(CLIENTS):
             where = f"{chunk >> 10} KiB, {clients} process{'es' if clients > 1 else ''}"
@@ -185,7 +185,7 @@ def _scan(meter: Meter, way: str, path: Path, clients: int, right: int) -> None:
 
 def _scan_cases(data: Data, settings: Settings) -> Iterator[Case]:
     path, right = data.snapshot("bf16", "zstd", True, _CHUNK), data.digest_of("bf16")
-    for clients in SCANNERS:
+    for clients in SCANNERS[1:] if settings.tiny else SCANNERS:
         where = f"scan, {clients} process{'es' if clients > 1 else ''}"
         for way in ("in-process", "pager", "shared"):
             yield Case(
@@ -230,7 +230,7 @@ def _hold(meter: Meter, way: str, path: Path, workers: int, right: int, nbytes: 
 
 def _memory_cases(data: Data, settings: Settings) -> Iterator[Case]:
     path, right = data.snapshot("bf16", "zstd", True, _CHUNK), data.digest_of("bf16")
-    for workers in settings.points(WORKERS):
+    for workers in WORKERS[-1:] if settings.tiny else WORKERS:
         where = f"memory of {workers} process{'es' if workers > 1 else ''}"
         for way in ("in-process", "pager"):
             yield Case(
