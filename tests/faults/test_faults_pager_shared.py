@@ -49,10 +49,9 @@ def memfd_of(socket):
 """
 
 
-@pytest.mark.parametrize("mode", ["r", "c"])
-def test_eight_workers_hold_one_copy(snapshot_path: Path, mode: str) -> None:
+def test_eight_workers_hold_one_copy(snapshot_path: Path) -> None:
     """By PSS, in which a page counts as much as one sharer's part of it: the workers' and the pager's
-    together are one copy. By engines of their own it would be eight."""
+    together are one copy, in whatever mode they have opened it. By engines of their own it would be eight."""
     code = (
         COMMON
         + """
@@ -65,7 +64,7 @@ with running_pager() as socket:
         pid = os.fork()
         if pid == 0:
             os.close(go)
-            snap = lazymem.open(url, pager=socket, mode=sys.argv[2])
+            snap = lazymem.open(url, pager=socket, mode="rc"[number % 2])
             bad = wrong(snap, right)
             os.write(tell, f"{len(snap.buffer)} {bad}\\n".encode())
             os.read(wait, 1)
@@ -88,7 +87,7 @@ with running_pager() as socket:
                       "file": os.fstat(fd).st_blocks * 512, "bad": bad}))
 """
     )
-    found = json.loads(check_child(code, snapshot_path, mode))
+    found = json.loads(check_child(code, snapshot_path))
     assert found["bad"] == ["[]"] * 8
     assert found["least"] > 0  # the mappings were found
     assert 0.9 * found["size"] < found["pss"] < 1.2 * found["size"]
