@@ -7,13 +7,28 @@ All of them are in the script's process group, which `children.run_child` kills 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+
+import lazymem
+
+from ..arrays import make_arrays
+
+_PR_SET_PDEATHSIG: Final = 1
 
 _PAGER = """
 import sys
@@ -29,77 +44,80 @@ print("ready", flush=True)
 server.serve()
 """
 
-# Evaluates each line it is told, until there is no more; answers in JSON, or with what was raised.
-_CLIENT = """
-import ctypes, json, os, sys
-import numpy as np
-import lazymem
-from tests.arrays import make_arrays
 
-snap = lazymem.open(sys.argv[1], pager=sys.argv[2], mode=sys.argv[3])
-arrays = dict(snap)
+class Client:
+    """A process that has a snapshot open by a pager: all of its arrays, none of them touched.
 
-def addresses():
-    return {name: array.ctypes.data for name, array in arrays.items()}
+    Forked, because starting Python takes longer than most tests; so nothing is open yet in this process.
+    """
 
-def wrong(changed={}):
-    expected = make_arrays()
-    for name, values in changed.items():
-        for index, value in values.items():
-            expected[name].reshape(-1)[int(index)] = value
-    return [name for name in expected if not np.array_equal(arrays[name], expected[name])]
-
-def write(name, index, value):
-    arrays[name].reshape(-1)[index] = value
-
-for line in sys.stdin:
-    try:
-        answer = eval(line)
-    except Exception as error:
-        answer = f"{type(error).__name__}: {error}"
-    print(json.dumps(answer), flush=True)
-"""
-
-
-class Process:
-    """A child in this process's group that talks in lines."""
-
-    def __init__(self, code: str, *arguments: object) -> None:
-        self._popen = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.pid = self._popen.pid
-
-    def hear(self) -> str:
-        assert self._popen.stdout is not None
-        line = self._popen.stdout.readline()
-        if not line:
-            raise AssertionError(f"the process ended, status {self._popen.wait()}")
-        return line
+    def __init__(self, path: object, pager: object, mode: str = "c") -> None:
+        ours, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                ours.close()
+                # It may be stopped when this process ends.
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                _answer(theirs, lazymem.open(str(path), pager=str(pager), mode=mode))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        theirs.close()
+        self._stream = ours.makefile("rw")
+        ours.close()
 
     def say(self, line: str) -> None:
-        assert self._popen.stdin is not None
-        self._popen.stdin.write(line + "\n")
-        self._popen.stdin.flush()
+        self._stream.write(line + "\n")
+        self._stream.flush()
 
-    def kill(self) -> None:
-        self._popen.kill()
-        self._popen.communicate()
-
-
-class Client(Process):
-    """A process that has a snapshot open by a pager: all of its arrays, none of them touched."""
-
-    def __init__(self, path: object, socket: object, mode: str = "c") -> None:
-        super().__init__(_CLIENT, path, socket, mode)
+    def hear(self) -> str:
+        line = self._stream.readline()
+        if not line:
+            raise AssertionError(f"the client ended, status {os.waitpid(self.pid, 0)[1]}")
+        return line
 
     def ask(self, expression: str) -> Any:
-        """What an expression gives in the client, whose names are those of _CLIENT."""
+        """What an expression gives in the client, whose names are those of `_answer`."""
         self.say(expression)
         return json.loads(self.hear())
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self._stream.close()
+
+
+_right = functools.cache(make_arrays)
+
+
+def _answer(connection: socket.socket, snap: lazymem.Snapshot) -> None:
+    """Evaluate each line that comes, until there is no more; answer in JSON, or with what was raised."""
+    arrays: dict[str, Any] = dict(snap)
+
+    def addresses() -> dict[str, int]:
+        return {name: array.ctypes.data for name, array in arrays.items()}
+
+    def wrong(changed: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> list[str]:
+        expected: dict[str, Any] = {**_right(), **{name: _right()[name].copy() for name in changed}}
+        for name, values in changed.items():
+            for index, value in values.items():
+                expected[name].reshape(-1)[int(index)] = value
+        return [name for name in expected if not np.array_equal(arrays[name], expected[name])]
+
+    def write(name: str, index: int, value: Any) -> None:
+        arrays[name].reshape(-1)[index] = value
+
+    names = {"os": os, "arrays": arrays, "addresses": addresses, "wrong": wrong, "write": write}
+    with connection.makefile("rw") as stream:
+        for line in stream:
+            try:
+                answer = eval(line, names)
+            except Exception as error:
+                answer = f"{type(error).__name__}: {error}"
+            stream.write(json.dumps(answer) + "\n")
+            stream.flush()
 
 
 @contextlib.contextmanager
@@ -110,10 +128,15 @@ def running_pager(*snapshots: object, everybody: bool = False) -> Iterator[str]:
     """
     with tempfile.TemporaryDirectory(prefix="lazymem-pager-") as folder:
         Path(folder).chmod(0o755)
-        socket = f"{folder}/socket"
-        pager = Process(_PAGER, socket, "everybody" if everybody else "own", *snapshots)
+        path = f"{folder}/socket"
+        pager = subprocess.Popen(
+            [sys.executable, "-c", _PAGER, path, "everybody" if everybody else "own", *map(str, snapshots)],
+            stdout=subprocess.PIPE,
+        )
         try:
-            pager.hear()
-            yield socket
+            assert pager.stdout is not None
+            assert pager.stdout.readline() == b"ready\n"
+            yield path
         finally:
             pager.kill()
+            pager.communicate()
