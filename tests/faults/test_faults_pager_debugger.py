@@ -180,14 +180,14 @@ dump, gdb = more
 client = Client(path, socket)
 at = client.ask("addresses()")
 untouched, weights = at["ids"] + 8 * 250_000, at["layer.3.weight"]
-ask = "from lazymem.cli.pager_populate import populate; populate()"
+ask = f"{sys.executable} -m lazymem pager populate --socket {socket} --pid {client.pid}"
 commands = [
     "set debuginfod enabled off",
     f"x/gd {untouched}",
-    f"shell {sys.executable} -c '{ask}' --socket {socket} --pid {client.pid} --address {untouched:#x}",
+    f"shell {ask} --address {untouched:#x}",
     f"x/gd {untouched}",
     f"x/gd {weights}",
-    f"shell {sys.executable} -c '{ask}' -q --socket {socket} --pid {client.pid}",
+    f"shell {ask} -q",
     f"dump binary memory {dump} {weights} {weights + right['layer.3.weight'].nbytes}",
     f"set var *(long *){untouched} = -7",
     "detach",
