@@ -32,6 +32,7 @@ from . import (
     full_scan,
     memory,
     opening,
+    pager,
     random_touch,
     remote,
     report,
@@ -50,6 +51,7 @@ QUESTIONS: Final[dict[str, ModuleType]] = {
     "opening": opening,
     "memory": memory,
     "fault_profile": fault_profile,
+    "pager": pager,
     "remote": remote,
     "weights": weights,
     "first_token": first_token,  # the last one: from then on this process holds torch

@@ -21,6 +21,7 @@
 #define LM_IDLE_MS 1000 /* how often it is looked for processes that are gone */
 #define LM_AGAIN_MS 2   /* and for what has to be tried again, if there is something */
 #define LM_ROUNDS 64    /* of reading events and trying again, before another space's turn comes */
+#define LM_POPULATE_TRIES 1000
 #define LM_HUGE ((uint32_t)2 << 20)
 #define LM_LOWEST ((uint64_t)1 << 16) /* addresses of a process of 64 bits, or most of them */
 #define LM_HIGHEST (((uint64_t)1 << 47) - LM_LOWEST)
@@ -942,6 +943,74 @@ int lm_pager_resume_space(uint32_t id, uint32_t parent, uint32_t features, int l
     wake_all(space);
     leave(space);
     return error;
+}
+
+/* One step of populating: pages of one piece, of one chunk or of as many as one page has. Sets *ret_end to where the
+ * next step begins, 0 if nothing more lies before `end`. The bytes in place, or -EAGAIN. */
+static int64_t populate_step_locked(struct space *space, uint64_t address, uint64_t end, uint64_t *ret_end)
+{
+    size_t index = lm_space_after(&space->table, address);
+    const struct lm_space_piece *piece = &space->table.pieces[index];
+    uint64_t at, stop, offset, last, step;
+    enum chunk_is what = LM_CHUNK_ZEROS;
+    int error = 0;
+
+    *ret_end = 0;
+    if (address >= end || index == space->table.count || piece->at >= end)
+        return 0;
+    step = UINT64_C(1) << piece->region->table.chunk_shift;
+    step = step > piece->page ? step : piece->page;
+    at = address > piece->at ? address : piece->at;
+    offset = (piece->offset + (at - piece->at)) / step * step;
+    last = offset + step < piece->offset + piece->length ? offset + step : piece->offset + piece->length;
+    offset = offset > piece->offset ? offset : piece->offset;
+    at = piece->at + (offset - piece->offset);
+    stop = piece->at + (last - piece->offset);
+    if (piece->show != LM_SHOW_ZERO)
+        what = look_at_all(piece->region, offset >> piece->region->table.chunk_shift,
+                           ((last - 1) >> piece->region->table.chunk_shift) + 1);
+    if (what == LM_CHUNK_ZEROS || what == LM_CHUNK_THERE) {
+        error = fill(space, piece, at, stop - at, what == LM_CHUNK_ZEROS);
+        if (error != -EAGAIN)
+            wake(space, at, stop - at);
+    }
+    if (error == -EAGAIN)
+        return error;
+    *ret_end = stop;
+    if (error < 0 || what == LM_CHUNK_AWAY || what == LM_CHUNK_BAD)
+        return 0;
+    return (int64_t)((stop < end ? stop : end) - (at > address ? at : address));
+}
+
+int64_t lm_pager_populate(uint32_t id, uint64_t address, uint64_t length)
+{
+    uint64_t end = length > UINT64_MAX - address ? UINT64_MAX : address + length, next = address;
+    struct space *space = use(id);
+    int64_t in_place = 0, got;
+    unsigned tries = 0;
+
+    if (space == NULL)
+        return -ESRCH;
+    do {
+        pthread_mutex_lock(&space->lock);
+        if (space->armed)
+            drain_locked(space);
+        got = space->gone ? -ESRCH : populate_step_locked(space, address, end, &next);
+        if (space->fault_count > 0)
+            atomic_store(&space->dirty, true);
+        unlock(space);
+        if (got >= 0) {
+            in_place += got;
+            address = next;
+            tries = 0;
+        } else if (got == -EAGAIN && ++tries < LM_POPULATE_TRIES) {
+            lm_sys_pause(LM_AGAIN_MS * 1000);
+        } else {
+            break;
+        }
+    } while (got == -EAGAIN || next != 0);
+    leave(space);
+    return got < 0 ? got : in_place;
 }
 
 void lm_pager_leave_space(uint32_t id)

@@ -42,6 +42,10 @@ int lm_pager_map(uint32_t space, uint64_t address, uint64_t length, lm_region *r
                  uint32_t page, uint32_t flags);
 /* A space that another pager had: all of its memory is mapped, with _MORE. features, left: as in lm_space_report. */
 int lm_pager_resume_space(uint32_t space, uint32_t parent, uint32_t features, int left);
+/* Put in place what the space shows of [address, address + length) and is decoded already: whole chunks. No thread
+ * of its process need run. The bytes of the range that are in place then, which is all but those of chunks that are
+ * away or failed; or -ESRCH, or -EAGAIN: its process keeps changing its memory, or there is no memory. */
+int64_t lm_pager_populate(uint32_t space, uint64_t address, uint64_t length);
 /* Its connection has ended: it goes as soon as its memory, or its process, has. */
 void lm_pager_leave_space(uint32_t space);
 /* Stop serving it. Whoever waits is somebody else's to serve. */

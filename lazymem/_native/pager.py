@@ -19,7 +19,7 @@ VERSION: Final[int] = lib.LM_PAGER_VERSION
 MESSAGE_MAX: Final[int] = lib.LM_PAGER_MESSAGE_MAX
 KINDS: Final[dict[str, int]] = {
     name: getattr(lib, f"LM_PAGER_{name}")
-    for name in ("HELLO", "OPEN", "MAP", "PREFETCH", "WHY", "STATUS", "TAKE_OVER")
+    for name in ("HELLO", "OPEN", "MAP", "PREFETCH", "WHY", "STATUS", "TAKE_OVER", "POPULATE")
 }
 DONE: Final[int] = lib.LM_PAGER_DONE
 FAILED: Final[int] = lib.LM_PAGER_FAILED
@@ -100,6 +100,11 @@ def map_memory(
 def resume_space(space: int, parent: int, *, follows_fork: bool, left: bool) -> None:
     """A space that another pager had, all of whose memory is mapped (with `MORE`): serve it."""
     _check(lib.lm_pager_resume_space(space, parent, FOLLOWS_FORK if follows_fork else 0, left))
+
+
+def populate(space: int, address: int, length: int) -> int:
+    """Put in place what a space shows at [address, address + length) and is decoded; bytes in place then."""
+    return _check(lib.lm_pager_populate(space, address, length))
 
 
 def leave_space(space: int) -> None:
@@ -217,6 +222,7 @@ class Attachment:
                     os.close(fd)
             raise
         self._handle = ffi.gc(out[0], lib.lm_attachment_free)
+        self._leave = lib.lm_attachment_leave  # this module's names may be gone when the interpreter ends
 
     @property
     def adoptions(self) -> int:
@@ -230,7 +236,7 @@ class Attachment:
 
     def leave(self) -> None:
         """The memory is about to be unmapped."""
-        lib.lm_attachment_leave(self._handle)
+        self._leave(self._handle)
 
     def close(self) -> None:
         """End the thread, once the memory is unmapped."""

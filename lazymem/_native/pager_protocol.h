@@ -28,6 +28,13 @@
  * unmapped or moved meanwhile it must not name. If none comes: UFFDIO_POISON and UFFDIO_WAKE, then whoever touches what is missing
  * gets SIGBUS.
  *
+ * A client may be stopped, and whoever has stopped it wants to look at what it has not touched. process_vm_readv
+ * waits for a page as a thread does; ptrace and /proc/PID/mem, by which debuggers read, do not: the kernel says
+ * EIO. So they ask first. POPULATE, of [address, address + length) or (length 0) of all that the process shows,
+ * puts the pages in place from outside; the answer comes when that is done, and `length` says how many bytes of
+ * the range they are. A process has one number per snapshot it has open, "space" in STATUS, and so has each child
+ * of a fork, which is known by that alone.
+ *
  * A touch that cannot be served (damaged chunk, network) is SIGBUS in the client, after a line on the pager's
  * standard error; WHY asks for the reason.
  */
@@ -49,6 +56,7 @@
 #define LM_PAGER_WHY      5 /* answer: why the chunk at `offset` could not be had, or an empty payload */
 #define LM_PAGER_STATUS   6 /* answer: JSON, in a memfd */
 #define LM_PAGER_TAKE_OVER 7 /* of another pager only: lazymem/pager/handover.py */
+#define LM_PAGER_POPULATE 8 /* put pages of a client's memory in place; payload: JSON, {"pid"} or {"space"} */
 
 #define LM_PAGER_WANT_DEVICE  1 /* HELLO */
 #define LM_PAGER_SHARED       2 /* MAP: the memory is a private mapping of the memfd that OPEN brought */

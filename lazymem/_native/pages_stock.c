@@ -8,7 +8,6 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <sys/mman.h>
 
 #include "engine.h"
 #include "pager.h"
@@ -17,14 +16,9 @@
 
 int lm_pages_stock_attach(struct lm_region *region)
 {
-    int fd = lm_sys_shared_memory(region->size);
+    int fd = lm_sys_publish_memory(region->base, region->size);
     int error = fd < 0 ? fd : lm_sys_identify(fd, &region->stage.file);
 
-    /* Whoever gets a descriptor for reading must not open another one for writing by it (/proc/self/fd). */
-    if (error >= 0)
-        error = lm_sys_make_private(fd);
-    if (error >= 0)
-        error = lm_sys_map_fixed(region->base, region->size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (error < 0) {
         if (fd >= 0)
             lm_sys_close(fd);

@@ -131,7 +131,9 @@ void lm_sys_signal_self(int number, siginfo_t *info);
 /* ---- sys_pager.c: for the pager and its clients ---- */
 
 int lm_sys_unblock(int fd);      /* reading it returns at once from now on */
-int lm_sys_make_private(int fd); /* only this user may open the file again */
+/* A memfd of `length` bytes, mapped at `address`, in place of what is there. Nothing but that mapping can write to
+ * it, whoever gets a descriptor. */
+int lm_sys_publish_memory(void *address, size_t length);
 int lm_sys_open_for_reading(int fd);
 /* A mark that goes with the open file: what the kernel keeps of F_SETSIG, which is of no use for anything else. */
 int lm_sys_mark(int fd);

@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -25,9 +26,24 @@ int lm_sys_unblock(int fd)
     return fcntl(fd, F_SETFL, O_NONBLOCK) < 0 ? -errno : 0;
 }
 
-int lm_sys_make_private(int fd)
+int lm_sys_publish_memory(void *address, size_t length)
 {
-    return fchmod(fd, 0600) < 0 ? -errno : 0;
+    int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
+    int fd = lm_sys_above_standard(memfd_create("lazymem", MFD_CLOEXEC | MFD_ALLOW_SEALING)), error;
+
+    if (fd < 0)
+        return fd;
+    error = ftruncate(fd, (off_t)length) < 0 ? -errno : 0;
+    if (error == 0)
+        error = lm_sys_map_fixed(address, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    /* Whoever has a descriptor for reading may ask /proc/self/fd for another one. Other users then do not get it;
+     * root and this user get it, and it is of no use to them. */
+    if (error == 0 && (fcntl(fd, F_ADD_SEALS, seals) < 0 || fchmod(fd, 0600) < 0))
+        error = -errno;
+    if (error == 0)
+        return fd;
+    lm_sys_close(fd);
+    return error;
 }
 
 int lm_sys_mark(int fd)

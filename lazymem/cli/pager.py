@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from .build import Size
+from .pager_populate import populate
 from .text import console, count, human_bytes, human_seconds, place, plain
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ def pager() -> None:
     A program has its memory served with lazymem.open(url, pager=PATH), or, in any language, by the
     protocol of pager_protocol.h.
     """
+
+
+pager.add_command(populate)
 
 
 @pager.command(short_help="Be a pager, until SIGTERM or Ctrl-C.")

@@ -27,6 +27,7 @@ from ..paging import wire
 from ..paging.wire import Answer, Ask
 from .access import Access, Peer
 from .listening import listen_at
+from .populating import populate
 from .status import in_memory, status_of
 from .stock import Stock, Stocks, Wanted
 
@@ -106,6 +107,7 @@ class Server:
             wire.PREFETCH: self._prefetch,
             wire.WHY: self._why,
             wire.STATUS: self._status,
+            wire.POPULATE: self._populate,
         }
 
     # ---- listen ----
@@ -406,6 +408,9 @@ class Server:
             raise AccessDenied("a pager's status is for its own user and root", url="pager")
         found = status_of(self.path, self.clients(), list(self.stocks.by_serial().values()))
         return Answer(ask.id), in_memory(json.dumps(found).encode())
+
+    def _populate(self, session: Session, ask: Ask, _: int | None) -> tuple[Answer, int | None]:
+        return populate(self, session, ask), None
 
     def clients(self) -> dict[int, Session]:
         """Those with memory and a connection, by their space."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -94,6 +94,21 @@ class Stock:
         while not done:
             done, cursor = memory.wait(first, end - first, cursor, _WAIT_MS)
 
+    def prefetch_all(self, offset: int, length: int) -> tuple[int, str] | None:
+        """Wait for all that can be had: None, or the code and the sentence of the first chunk that cannot."""
+        failure = None
+        end = offset + length
+        while offset < end:
+            try:
+                self.prefetch(offset, end - offset, wait=True)
+                break
+            except NativeError as error:
+                chunk_size = self.open().chunk_size
+                failed = (error.chunk if error.chunk is not None else offset // chunk_size) * chunk_size
+                failure = failure or (error.code, self.why(failed) or f"{self.url}: {error}")
+                offset = failed + chunk_size
+        return failure
+
     def why(self, offset: int) -> str:
         """The reason why the chunk at `offset` could not be had, or ""."""
         memory = self.open()
@@ -176,6 +191,21 @@ class Stocks:
         """A connection that used it has ended."""
         with self._lock:
             stock.users -= 1
+
+    @contextmanager
+    def held(self, serial: int) -> Iterator[Stock | None]:
+        """The one with that number, which stays open for the block; None: it is closed."""
+        with self._lock:
+            found = next(
+                (one for one in self._open if one.memory and native.serial(one.memory) == serial), None
+            )
+            if found is not None:
+                found.users += 1
+        try:
+            yield found
+        finally:
+            if found is not None:
+                self.leave(found)
 
     def sweep(self) -> None:
         """Close what nobody maps and nobody may."""

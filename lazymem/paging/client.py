@@ -237,6 +237,14 @@ class PagedRegion(NativeRegion):
             self._asked[1].close()
             self._asked = None
 
+    def __del__(self) -> None:
+        """Nobody has it any more, or the interpreter ends: then the core's own destructors unmap it.
+
+        That waits until somebody has read the event, for as long as another pager is looked for.
+        """
+        if self.attachment is not None:
+            self.attachment.leave()
+
     def close(self) -> None:
         """Unmap, and end the thread that keeps it."""
         self._forget()

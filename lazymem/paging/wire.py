@@ -18,6 +18,7 @@ PREFETCH: Final = native.KINDS["PREFETCH"]
 WHY: Final = native.KINDS["WHY"]
 STATUS: Final = native.KINDS["STATUS"]
 TAKE_OVER: Final = native.KINDS["TAKE_OVER"]
+POPULATE: Final = native.KINDS["POPULATE"]
 
 _TEXT_MAX: Final = 4000
 

@@ -17,7 +17,8 @@ from ..children import check_child
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = (
-    "first_element", "full_scan", "random_touch", "sparse", "opening", "memory", "fault_profile", "weights",
+    "first_element", "full_scan", "random_touch", "sparse", "opening", "memory", "fault_profile", "pager",
+    "weights",
 )  # fmt: skip
 
 has_peers = pytest.mark.skipif(
@@ -113,6 +114,13 @@ def check_mounts_are_measured_or_named(results: dict[str, Any]) -> None:
             assert measured or any(system in line.lower() for line in said)
 
 
+# Eight processes of 8 MiB each; what a process takes beside the array is most of it.
+def check_pager_shares_memory(results: dict[str, Any]) -> None:
+    cases = summaries(results, "pager")
+    alone, shared = (cases[f"{way}, memory of 8 processes"] for way in ("in-process", "pager"))
+    assert 0 < shared["pss_mib"]["median"] < alone["pss_mib"]["median"] / 2
+
+
 # Everybody's tokens are held against those of transformers by the program itself.
 def check_first_token_of_disk_and_s3(results: dict[str, Any]) -> None:
     cases = summaries(results, "first_token")
@@ -154,6 +162,7 @@ def test_every_benchmark_measures_every_candidate(tmp_path: Path) -> None:
     check_mounts_are_measured_or_named(results)
     check_sparse_reads_what_is_touched(results)
     check_opening_of_a_tebibyte(results)
+    check_pager_shares_memory(results)
     check_page((tmp_path / "RESULTS.md").read_text(), results)
 
 

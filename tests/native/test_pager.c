@@ -215,9 +215,26 @@ static void open_stock(lm_region **ret_region)
     close(source);
 }
 
+/* From outside, as for a debugger, while the clients do what they do. */
+static void populate_at_random(const uint32_t *spaces, unsigned char *const *memories)
+{
+    uint64_t seed = 11;
+    int round;
+
+    for (round = 0; round < 400; round++) {
+        uint64_t which = next_random(&seed) % CLIENTS, offset = next_random(&seed) % sizeof content;
+        uint64_t length = 1 + next_random(&seed) % sizeof content;
+        int64_t done = lm_pager_populate(spaces[which], (uintptr_t)memories[which] + offset, length);
+
+        CHECK(done == -ESRCH || done == -EAGAIN || (done >= 0 && (uint64_t)done <= length));
+    }
+}
+
 int main(void)
 {
     pid_t clients[CLIENTS];
+    unsigned char *memories[CLIENTS];
+    uint32_t spaces[CLIENTS];
     int sockets[CLIENTS], quiet = open("/dev/null", O_WRONLY), i;
     lm_space_report reports[64];
     lm_region *stock;
@@ -262,12 +279,17 @@ int main(void)
         CHECK(lm_pager_map(space, (uintptr_t)memory, sizeof content, stock, CHUNK, PAGE, 0) == -EINVAL);
         CHECK(lm_pager_map(space, (uintptr_t)memory, sizeof content, stock, 0, PAGE,
                            i % 2 == 0 ? LM_PAGER_SHARED : LM_PAGER_REMOVED_ZERO) == 0);
+        CHECK(lm_pager_populate(space, (uintptr_t)memory, 1) <= 1); /* it may be decoded for others */
+        memories[i] = memory;
+        spaces[i] = space;
         lm_pager_leave_space(space);
         CHECK(write(sockets[i], &ready, 1) == 1);
         close(memfd);
         close(uffd);
     }
     CHECK(lm_pager_users(stock) >= 1);
+    populate_at_random(spaces, memories);
+    CHECK(lm_pager_populate(UINT32_MAX, 0, UINT64_MAX) == -ESRCH);
     for (i = 0; i < CLIENTS; i++) {
         int status;
 
