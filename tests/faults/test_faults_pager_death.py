@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,24 +52,29 @@ def start(
     """A client that has opened the snapshot and goes on with `code`."""
     client = subprocess.Popen(
         [sys.executable, "-c", OPENED + textwrap.dedent(code), str(pager.path), *map(str, files)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
         env={**os.environ, "LAZYMEM_PAGER_TIMEOUT": str(timeout)},
     )  # fmt: skip
     assert pagers.line_of(client) == "ready"
     return client
 
 
+def is_served(pager: pagers.Pager, client: subprocess.Popen[str]) -> bool:
+    return client.poll() is not None or bool(pager.status()["spaces"])
+
+
 def test_pagers_killed_during_a_scan_cost_no_byte(tmp_path: Path, files: tuple[Path, Path]) -> None:
     """Several threads read every page, each once, while pagers come and go."""
     pager = pagers.Pager(tmp_path / "socket")
     code = """
-        wrong = []
+        wrong, pause = [], %(pause)s
         def scan(pages):
             for page in pages:
                 if not same(page):
                     wrong.append(page)
                 go.wait()
-                time.sleep(0.001)
+                time.sleep(pause)
         go = threading.Event()
         order = np.random.default_rng(3).permutation(len(raw) // 4096)
         threads = [threading.Thread(target=scan, args=(order[k::4],)) for k in range(4)]
@@ -78,7 +84,7 @@ def test_pagers_killed_during_a_scan_cost_no_byte(tmp_path: Path, files: tuple[P
         for thread in threads: thread.join()
         print(wrong, snapshot._region._native.attachment.adoptions > 0, flush=True)
     """
-    client = start(pager, files, code)
+    client = start(pager, files, code % {"pause": KILLS / 1000})
     assert client.stdin is not None
     for kill in range(KILLS):
         pager.kill()
@@ -86,6 +92,7 @@ def test_pagers_killed_during_a_scan_cost_no_byte(tmp_path: Path, files: tuple[P
         if kill == 0:
             client.stdin.write("\n")
             client.stdin.flush()
+        wait_until(partial(is_served, pager, client))
     try:
         out, err = client.communicate(timeout=60)
         assert (client.returncode, out) == (0, "[] True\n"), err
