@@ -108,9 +108,9 @@ def populate(space: int, address: int, length: int) -> int:
 
 
 def is_registered(space: int, address: int, length: int, page: int) -> bool:
-    """Whether memory of a space is registered, and may be filled by pages of that size; True where its owner is
-    changing it, so that nobody can tell."""
-    return lib.lm_pager_is_registered(space, address, length, page) != 0
+    """Whether memory of a space is registered, and may be filled by pages of that size; True where nobody can
+    tell, because its owner is changing it."""
+    return bool(lib.lm_pager_is_registered(space, address, length, page) != 0)
 
 
 def leave_space(space: int) -> None:

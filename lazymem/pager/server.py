@@ -22,7 +22,7 @@ from typing import Final
 
 from .._native import CODES, NativeError
 from .._native import pager as native
-from ..errors import OF_CODE, AccessDenied, LazymemError, OutOfMemory, PagerUnavailable
+from ..errors import OF_CODE, AccessDenied, LazymemError, OutOfMemory
 from ..paging import wire
 from ..paging.wire import Answer, Ask
 from .access import Access, Peer
@@ -49,7 +49,8 @@ class Limits:
 
 @dataclass(eq=False)
 class Session:
-    """One client: its connection, what it has open, where it is shown."""
+    """One client: its connection, what it has open, where it is shown. connection: None where a client's ends
+    while its memory is served (`firecracker`): it counts until its space is gone."""
 
     peer: Peer
     connection: socket.socket | None
@@ -240,7 +241,17 @@ class Server:
     def _sweep(self) -> None:
         if time.monotonic() - self._swept > _SWEEP_SECONDS:
             self._swept = time.monotonic()
+            self._end_those_without_memory()
             self.stocks.sweep()
+
+    def _end_those_without_memory(self) -> None:
+        with self._lock:
+            silent = [one for one in self.sessions if one.connection is None]
+        if silent:
+            there = {one.space for one in native.spaces()}
+            for session in silent:
+                if session.space not in there:
+                    self.end(session)
 
     # ---- one client ----
 
