@@ -22,11 +22,12 @@ from typing import Final
 
 from .._native import CODES, NativeError
 from .._native import pager as native
-from ..errors import OF_CODE, AccessDenied, LazymemError, OutOfMemory
+from ..errors import OF_CODE, AccessDenied, LazymemError, OutOfMemory, PagerUnavailable
 from ..paging import wire
 from ..paging.wire import Answer, Ask
 from .access import Access, Peer
 from .listening import listen_at
+from .mapping import map_memory, open_space
 from .populating import populate
 from .status import in_memory, status_of
 from .stock import Stock, Stocks, Wanted
@@ -388,12 +389,9 @@ class Server:
         if session.maps > _MAPS_MOST:
             raise wire.BadPacket(f"a connection maps at most {_MAPS_MOST} ranges")
         if descriptor is not None:
-            session.space, _ = native.open_space(descriptor, agree=not ask.flags & native.ADOPT)
+            session.space = open_space(descriptor, adopted=bool(ask.flags & native.ADOPT))
         assert session.space is not None
-        flags = ask.flags & (native.SHARED | native.REMOVED_ZERO | native.ADOPT | native.MORE)
-        native.map_memory(
-            session.space, ask.address, ask.length, session.stock.open(), ask.offset, ask.page or 4096, flags
-        )
+        map_memory(session.space, ask, session.stock.open())
         return Answer(ask.id), None
 
     def _stock_of(self, session: Session) -> Stock:

@@ -96,8 +96,13 @@ class PagerHost:
             time.sleep(0.02)
 
     def wait_without_clients(self) -> None:
-        """Until every space has gone, and every connection but the question's own."""
-        self.wait_until(lambda: self.status()["spaces"] == [], "spaces are left")
+        """Until every space has gone, and whoever had one does not count as a client any more."""
+
+        def nobody_is_there() -> bool:
+            status = self.status()
+            return status["spaces"] == [] and status["clients"] == 0
+
+        self.wait_until(nobody_is_there, "clients are left")
 
 
 def ask(connection: socket.socket, question: Ask, descriptor: int | None = None) -> Answer:
