@@ -34,7 +34,7 @@ from .._native import pager as native
 from ..errors import LazymemError, OptionError
 from .access import Peer
 from .listening import listen_at
-from .server import Server, Session
+from .server import Halted, Server, Session
 from .stock import Stock, Wanted
 
 logger = logging.getLogger("lazymem")
@@ -62,13 +62,14 @@ class Region:
 
 
 class Firecracker:
-    """A socket where machines are restored from one snapshot. server: counts them among its clients, and
-    has to be serving: it notices when they end."""
+    """A socket where machines are restored from one snapshot. server: counts them among its clients, notices
+    when they end, and has to be serving."""
 
     def __init__(self, server: Server, path: str, wanted: Wanted) -> None:
         """Opens the snapshot. Raises as `lazymem.open` does, and `OptionError` if it is of anything else."""
         self.path = os.path.abspath(path)
         self._server = server
+        server.talkers["firecracker"] = self.talk
         self._stock = server.stocks.get(wanted)
         self.listener: socket.socket | None = None
         try:
@@ -78,8 +79,11 @@ class Firecracker:
             raise
 
     def listen(self) -> None:
-        """Be at the path. Raises `PagerUnavailable`."""
-        self.listener = listen_at(self.path, socket.SOCK_STREAM, self._server.access.mode)
+        """Be at the path, where a pager that was taken over may have been. Raises `PagerUnavailable`."""
+        self.listener = self._server.other_listeners.get(self.path)
+        if self.listener is None:
+            self.listener = listen_at(self.path, socket.SOCK_STREAM, self._server.access.mode)
+            self._server.other_listeners[self.path] = self.listener
 
     def start(self) -> None:
         """`serve`, by a thread of its own."""
@@ -88,76 +92,80 @@ class Firecracker:
     def serve(self) -> None:
         """Take machines in until the server ends. Blocks."""
         assert self.listener is not None
-        self.listener.settimeout(_LOOK_SECONDS)
+        self.listener.setblocking(False)
         while not self._server.ending.is_set():
-            try:
-                connection, _ = self.listener.accept()
-            except TimeoutError:
+            connection = self._server.accept(self.listener)
+            if connection is None:
                 continue
-            except OSError as error:
-                if self._server.ending.is_set():
-                    return
-                logger.warning("%s: a machine could not be taken in: %s", self.path, error)
-                time.sleep(0.05)
-                continue
-            session = Session(Peer.of(connection), connection, protocol="firecracker")
+            self._server.stocks.use(self._stock)
+            session = Session(Peer.of(connection), connection, protocol="firecracker", stock=self._stock)
             if self._server.admit(session):
-                threading.Thread(target=self._take_in, args=(session, connection), daemon=True).start()
+                self._server.start(session)
             else:
-                connection.close()
-                logger.warning(
-                    "%s: process %d: this pager has all the clients it may", self.path, session.peer.pid
-                )
+                _complain(session, "this pager has all the clients it may")
+                self._server.end(session)
 
-    def _take_in(self, session: Session, connection: socket.socket) -> None:
+    def talk(self, session: Session) -> None:
+        """Take one machine in, of whichever of these sockets: what a session's thread does."""
+        connection = session.connection
+        assert connection is not None
         uffd: int | None = None
+        try:
+            self._server.await_handshake(session, _PATIENCE)
+        except Halted:
+            return  # another pager does, or this one does again
+        except TimeoutError:
+            _complain(session, f"within {_PATIENCE:.0f} s nothing came")
+            self._server.end(session)
+            return
         try:
             self._server.access.check_peer(session.peer)
             text, uffd = receive(connection, _PATIENCE)
-            regions = parse(text, self._stock.content_size)
-            self._server.stocks.use(self._stock)
-            session.stock = self._stock
-            self._map(session, regions, uffd)
+            assert session.stock is not None
+            _map(session, session.stock, parse(text, session.stock.content_size), uffd)
         except (BadHandshake, LazymemError, OSError) as error:
-            logger.warning("%s: process %d: %s", self.path, session.peer.pid, error)
+            _complain(session, error)
         finally:
             if uffd is not None:
                 os.close(uffd)
-            session.connection = None
+            self._server.shaken(session)
             connection.close()
             if session.space is None:
                 self._server.end(session)
 
-    def _map(self, session: Session, regions: Sequence[Region], uffd: int) -> None:
-        try:
-            space, _ = native.open_space(uffd, agree=False)
-        except NativeError as error:
-            raise BadHandshake(
-                f"the descriptor that came along is no userfaultfd whose handshake was made: {error}"
-            ) from None
-        try:
-            for number, region in enumerate(regions):
-                if not native.is_registered(space, region.address, region.size, region.page):
-                    raise BadHandshake(
-                        f"regions[{number}]: {region.size} bytes at {region.address:#x} are not registered "
-                        f"with the userfaultfd, or not memory with pages of {region.page} bytes"
-                    )
-                # What the guest does meanwhile is read when all of it is known, and not before.
-                more = 0 if region is regions[-1] else native.MORE
-                try:
-                    native.map_memory(
-                        space, region.address, region.size, self._stock.open(), region.offset, region.page,
-                        native.ADOPT | native.REMOVED_ZERO | more,
-                    )  # fmt: skip
-                except NativeError as error:
-                    raise BadHandshake(f"regions[{number}] cannot be served: {error}") from None
-        except BaseException:
-            native.close_space(space)
-            raise
-        session.space = space
-        logger.info(
-            "%s: process %d: a machine of %d bytes", self.path, session.peer.pid, sum(r.size for r in regions)
-        )
+
+def _map(session: Session, stock: Stock, regions: Sequence[Region], uffd: int) -> None:
+    try:
+        space, _ = native.open_space(uffd, agree=False)
+    except NativeError as error:
+        raise BadHandshake(
+            f"the descriptor that came along is no userfaultfd whose handshake was made: {error}"
+        ) from None
+    try:
+        for number, region in enumerate(regions):
+            if not native.is_registered(space, region.address, region.size, region.page):
+                raise BadHandshake(
+                    f"regions[{number}]: {region.size} bytes at {region.address:#x} are not registered "
+                    f"with the userfaultfd, or not memory with pages of {region.page} bytes"
+                )
+            # What the guest does meanwhile is read when all of it is known, and not before.
+            more = 0 if region is regions[-1] else native.MORE
+            try:
+                native.map_memory(
+                    space, region.address, region.size, stock.open(), region.offset, region.page,
+                    native.ADOPT | native.REMOVED_ZERO | more,
+                )  # fmt: skip
+            except NativeError as error:
+                raise BadHandshake(f"regions[{number}] cannot be served: {error}") from None
+    except BaseException:
+        native.close_space(space)
+        raise
+    session.space = space
+
+
+def _complain(session: Session, what: object) -> None:
+    url = "" if session.stock is None else f"{session.stock.url}: "
+    logger.warning("%sprocess %d: %s", url, session.peer.pid, what)
 
 
 def check_is_one_file(stock: Stock) -> None:

@@ -100,6 +100,8 @@ class Server:
         self.listener: socket.socket | None = None
         self._place: tuple[int, int] | None = None  # device and inode of our socket
         self.ending = threading.Event()
+        #: Other sockets that listen, by their paths: a handover takes them along, and leaves them here.
+        self.other_listeners: dict[str, socket.socket] = {}
         #: What a session's thread does, by the session's protocol.
         self.talkers: dict[str, Callable[[Session], None]] = {"lazymem": self.talk}
         self._handlers: dict[int, Callable[[Session, Ask, int | None], tuple[Answer, int | None]]] = {
@@ -138,23 +140,27 @@ class Server:
         """Take clients in until `ending` is set. Blocks."""
         assert self.listener is not None
         while not self.ending.is_set():
-            self._await_input(self.listener, _SWEEP_SECONDS)
-            with self._lock:
-                while self._halted:
-                    self._changed.wait()
-                if self.ending.is_set():
-                    return
-                try:
-                    connection, _ = self.listener.accept()
-                except BlockingIOError:
-                    connection = None
-                except OSError as error:
-                    logger.warning("a client could not be taken in: %s", error)
-                    connection = None
-                    self._changed.wait(0.05)
+            connection = self.accept(self.listener)
             if connection is not None:
                 self._take_in(connection)
             self._sweep()
+
+    def accept(self, listener: socket.socket) -> socket.socket | None:
+        """Who comes there within a second, but nobody during a handover. The listener does not block."""
+        self._await_input(listener, _SWEEP_SECONDS)
+        with self._lock:
+            while self._halted:
+                self._changed.wait()
+            if self.ending.is_set():
+                return None
+            try:
+                return listener.accept()[0]
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                logger.warning("a client could not be taken in: %s", error)
+                self._changed.wait(0.05)
+                return None
 
     def stop(self) -> None:
         """Have `serve` return, once no handover is under way. For signal handlers, too."""
@@ -191,6 +197,25 @@ class Server:
         talk = self.talkers.get(session.protocol)
         if talk is not None and session.connection is not None:
             threading.Thread(target=talk, args=(session,), daemon=True).start()
+
+    def await_handshake(self, session: Session, seconds: float) -> None:
+        """Until something comes of a client that says one thing and no more; from then on, until `shaken`, no
+        handover begins. Raises `TimeoutError`, and `Halted` where one has begun before."""
+        assert session.connection is not None
+        self._await_input(session.connection, seconds)
+        with self._lock:
+            if self._halted:
+                session.parked = True
+                raise Halted
+            if not select.select([session.connection], [], [], 0)[0]:
+                raise TimeoutError
+            session.asked = Ask(wire.MAP)
+
+    def shaken(self, session: Session) -> None:
+        """Its memory is served, or never will be."""
+        with self._lock:
+            session.asked = session.connection = None
+            self._changed.notify_all()
 
     # ---- a handover ----
 
@@ -270,6 +295,8 @@ class Server:
             return
         except OSError as error:
             logger.info("client %d: %s", session.peer.pid, error)
+        except Exception:
+            logger.exception("client %d: a defect of lazymem; please report it", session.peer.pid)
         self.end(session)
 
     def end(self, session: Session) -> None:

@@ -274,7 +274,7 @@ def test_bad_handshakes_are_a_line_each_and_the_end_of_the_connection(
         name: lines for name, lines in said.items() if BAD[name][2] not in lines or lines.count("\n") != 1
     }
     assert wrong == {}
-    assert all(f": process {os.getpid()}: " in lines for lines in said.values())
+    assert all(f"process {os.getpid()}: " in lines for lines in said.values())
     pager.wait_until(
         lambda: (
             pager.status()["spaces"] == []
