@@ -135,6 +135,8 @@ class Server:
                 place = os.stat(self.path)
                 if (place.st_dev, place.st_ino) == self._place:
                     os.unlink(self.path)
+                    for path in self.other_listeners:
+                        os.unlink(path)
 
     def serve(self) -> None:
         """Take clients in until `ending` is set. Blocks."""

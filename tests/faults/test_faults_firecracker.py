@@ -27,7 +27,9 @@ from lazymem.pager.access import Access
 from lazymem.pager.firecracker import Firecracker
 from lazymem.pager.server import Limits, Server
 from lazymem.pager.stock import Wanted
+from lazymem.paging import client as paging_client
 
+from .. import pagers
 from ..once import made_once
 from .pager_host import PagerHost, hear_the_end
 
@@ -215,6 +217,33 @@ def test_machine_whose_pager_dies_waits_and_sees_no_zeros(
     finally:
         machine.kill()
         machine.communicate()
+
+
+def test_machines_are_taken_over_and_restored_by_the_command(
+    client: Path, guest: Path, snapshots: dict[str, object], tmp_path: Path
+) -> None:
+    """`lazymem pager serve --protocol firecracker`, twice: a machine of the first is served by the second."""
+    path = tmp_path / "machines"
+    options = ("--protocol", "firecracker", "--snapshot", snapshots["chunks-64k"])
+    control = str(path) + ".control"
+    command = [client, str(path), guest, "private", "both", str(1 << 40), "1"]
+    with pagers.running(path, *options) as first:
+        machine = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            while paging_client.status(control)["faults"] < 100:
+                assert machine.poll() is None, machine.communicate()
+            with pagers.running(path, *options, "--take-over"):
+                assert first.wait()[0] == 0
+                (space,) = paging_client.status(control)["spaces"]
+                assert (space["client"]["pid"], space["client"]["protocol"]) == (machine.pid, "firecracker")
+                done = restore(client, path, guest, "private", "both", 100)
+                assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+                while paging_client.status(control)["faults"] < space["faults"] + 500:
+                    assert machine.poll() is None, machine.communicate()  # a wrong byte ends it
+        finally:
+            machine.kill()
+            machine.communicate()
+    assert pagers.refusal(path, "--protocol", "firecracker")[0] == 2
 
 
 def test_snapshot_that_is_not_of_one_file_is_refused(tmp_path: Path) -> None:
