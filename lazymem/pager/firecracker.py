@@ -97,13 +97,14 @@ class Firecracker:
             connection = self._server.accept(self.listener)
             if connection is None:
                 continue
-            self._server.stocks.use(self._stock)
             session = Session(Peer.of(connection), connection, protocol="firecracker", stock=self._stock)
+            self._server.stocks.use(self._stock)
             if self._server.admit(session):
                 self._server.start(session)
             else:
-                _complain(session, "this pager has all the clients it may")
-                self._server.end(session)
+                _complain(session, "this pager has all the clients it may; raise its --max-clients")
+                self._server.stocks.leave(self._stock)
+                connection.close()
 
     def talk(self, session: Session) -> None:
         """Take one machine in, of whichever of these sockets: what a session's thread does."""

@@ -304,6 +304,8 @@ class Server:
     def end(self, session: Session) -> None:
         """Its connection has ended; its memory need not have."""
         with self._lock:
+            if session not in self.sessions:
+                return  # its own thread and the one that sweeps may both find that it is over
             self.sessions.discard(session)
             self._changed.notify_all()
         if session.space is not None:
