@@ -79,6 +79,7 @@ static struct {
     struct waiter *waiters;
     size_t waiter_count, waiter_capacity;
     unsigned char *zeros; /* a huge page of them: the kernel has no ZEROPAGE for those */
+    void *inaccessible;   /* a page */
 } pager = { .lock = PTHREAD_MUTEX_INITIALIZER, .poller = -1, .bell = -1 };
 
 /* ---- spaces ---- */
@@ -298,7 +299,7 @@ static int deliver_locked(struct space *space, struct lm_region *region, uint64_
             error = lm_uffd_fill(space->fd, LM_UFFDIO_POISON, start, NULL, stop - start, page);
             space->failed += (stop - start) / page;
         }
-        if (error != -EAGAIN)
+        if (error == 0) /* else it would only fault again, for ever */
             wake(space, start, stop - start);
     }
     return error == -EAGAIN ? error : 0;
@@ -468,10 +469,9 @@ static int take_fault_locked(struct space *space, const struct fault *fault, str
         page = lm_sys_page_size();
         at = fault->address & ~(page - 1);
         error = lm_uffd_fill(space->fd, LM_UFFDIO_POISON, at, NULL, page, page);
-        if (error != -EAGAIN) {
-            space->failed++;
+        space->failed += error != -EAGAIN;
+        if (error == 0)
             wake(space, at, page);
-        }
         return error == -EAGAIN ? error : 0;
     }
     page = piece->page;
@@ -774,6 +774,11 @@ int lm_pager_start(int threads)
         return error;
     if (pager.zeros == NULL)
         pager.zeros = zeros;
+    error = pager.inaccessible == NULL
+                ? lm_sys_reserve(lm_sys_page_size(), lm_sys_page_size(), &pager.inaccessible)
+                : 0;
+    if (error < 0)
+        return error;
     pthread_mutex_lock(&pager.lock);
     error = open_poller_locked();
     pager.stopping = false;
@@ -887,6 +892,15 @@ static int check_range(uint64_t address, uint64_t length, const struct lm_region
     return 0;
 }
 
+static int is_registered(const struct space *space, uint64_t address, uint64_t length, uint32_t page)
+{
+    int answer = lm_uffd_is_registered(space->fd, address, length, pager.inaccessible);
+
+    if (answer == 1 && page < length) /* the whole may be a multiple of bigger pages */
+        answer = lm_uffd_is_registered(space->fd, address, page, pager.inaccessible);
+    return answer;
+}
+
 int lm_pager_map(uint32_t id, uint64_t address, uint64_t length, lm_region *region, uint64_t offset, uint32_t page,
                  uint32_t flags)
 {
@@ -911,6 +925,10 @@ int lm_pager_map(uint32_t id, uint64_t address, uint64_t length, lm_region *regi
     if (error == 0 && !(flags & LM_PAGER_ADOPT)) {
         error = flags & LM_PAGER_SHARED ? lm_uffd_register_minor(space->fd, address, length, &ioctls)
                                         : lm_uffd_register(space->fd, address, length, &ioctls);
+        if (error == 0 && is_registered(space, address, length, page) == 0) {
+            (void)lm_uffd_unregister(space->fd, address, length);
+            error = -EINVAL;
+        }
         if (error < 0) {
             pthread_mutex_lock(&space->lock);
             (void)lm_space_unmap(&space->table, address, address + length);
@@ -1011,6 +1029,18 @@ int64_t lm_pager_populate(uint32_t id, uint64_t address, uint64_t length)
     } while (got == -EAGAIN || next != 0);
     leave(space);
     return got < 0 ? got : in_place;
+}
+
+int lm_pager_is_registered(uint32_t id, uint64_t address, uint64_t length, uint32_t page)
+{
+    struct space *space = use(id);
+    int answer;
+
+    if (space == NULL)
+        return -ESRCH;
+    answer = is_registered(space, address, length, page);
+    leave(space);
+    return answer;
 }
 
 void lm_pager_leave_space(uint32_t id)

@@ -46,6 +46,9 @@ int lm_pager_resume_space(uint32_t space, uint32_t parent, uint32_t features, in
  * of its process need run. The bytes of the range that are in place then, which is all but those of chunks that are
  * away or failed; or -ESRCH, or -EAGAIN: its process keeps changing its memory, or there is no memory. */
 int64_t lm_pager_populate(uint32_t space, uint64_t address, uint64_t length);
+/* Whether all of that memory is registered with the space's userfaultfd, and may be filled by pages of that
+ * size; 0, 1, or -EAGAIN while its owner is changing it. */
+int lm_pager_is_registered(uint32_t space, uint64_t address, uint64_t length, uint32_t page);
 /* Its connection has ended: it goes as soon as its memory, or its process, has. */
 void lm_pager_leave_space(uint32_t space);
 /* Stop serving it. Whoever waits is somebody else's to serve. */

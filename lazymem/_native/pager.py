@@ -107,6 +107,12 @@ def populate(space: int, address: int, length: int) -> int:
     return _check(lib.lm_pager_populate(space, address, length))
 
 
+def is_registered(space: int, address: int, length: int, page: int) -> bool:
+    """Whether memory of a space is registered, and may be filled by pages of that size; True where nobody can
+    tell, because its owner is changing it."""
+    return bool(lib.lm_pager_is_registered(space, address, length, page) != 0)
+
+
 def leave_space(space: int) -> None:
     """Its connection has ended; it goes when its memory does, or its process."""
     lib.lm_pager_leave_space(space)

@@ -40,6 +40,11 @@ pager.add_command(populate)
 @pager.command(short_help="Be a pager, until SIGTERM or Ctrl-C.")
 @_socket
 @click.option(
+    "--protocol", type=click.Choice(["lazymem", "firecracker"]), default="lazymem", show_default=True,
+    help="What is spoken at the socket. firecracker: machines are restored there, with the backend \"Uffd\", "
+    "from the one --snapshot, of their memory file; lazymem's own is then spoken at PATH.control.",
+)  # fmt: skip
+@click.option(
     "--snapshot", "snapshots", metavar="URL", multiple=True,
     help="Serve this one, opened now, and no others than are given so; may be given again. Without it: "
     "whatever this user and root ask for, and nothing to other users.",
@@ -69,8 +74,8 @@ pager.add_command(populate)
     help="Take the clients of the pager that listens there over; it ends. If there is none, just start.",
 )  # fmt: skip
 def serve(
-    path: str, snapshots: tuple[str, ...], uids: tuple[int, ...], any_user: bool, max_clients: int,
-    memory: int | None, threads: int | None, pass_device: bool, take_over: bool,
+    path: str, protocol: str, snapshots: tuple[str, ...], uids: tuple[int, ...], any_user: bool,
+    max_clients: int, memory: int | None, threads: int | None, pass_device: bool, take_over: bool,
 ) -> None:  # fmt: skip
     """Serve clients at a socket, and say so in one line once they may come.
 
@@ -79,6 +84,7 @@ def serve(
       lazymem pager serve --socket /run/user/1000/pager
       lazymem pager serve --socket /run/pager --snapshot s3://bucket/model.lzm --any-user --pass-device
       lazymem pager serve --socket /run/pager --take-over
+      lazymem pager serve --socket /run/machines --protocol firecracker --snapshot s3://bucket/guest.mem.lzm
     """
     from ..pager.server import Limits
     from ..pager.service import Settings
@@ -86,6 +92,8 @@ def serve(
 
     if any_user and uids:
         raise click.UsageError("--any-user and --allow-uid exclude each other; give one of them")
+    if protocol == "firecracker" and len(snapshots) != 1:
+        raise click.UsageError("--protocol firecracker needs one --snapshot: of the machine's memory file")
     settings = Settings(
         path,
         snapshots,
@@ -94,6 +102,7 @@ def serve(
         threads,
         pass_device,
         take_over,
+        protocol,
     )
     run(settings, _say_ready)
 

@@ -6,7 +6,7 @@ The new pager asks TAKE_OVER four times, with {"step", "version"}:
 
     look    which snapshots there are. It opens them, which may take a while; the old one goes on serving.
     give    from here on the old one reads nothing and answers nobody; whoever touches a page waits. Its
-            answer is JSON in a memfd, then one packet for each descriptor: the listening socket, a
+            answer is JSON in a memfd, then one packet for each descriptor: the listening sockets, a
             userfaultfd for each space, a connection for each session, in the order of the JSON.
     commit  the new one has all that it needs. The answer makes it the pager; the old one ends.
     keep    instead of commit: the old one goes on, as it does if anything else comes, or nothing.
@@ -109,7 +109,8 @@ def _everything(
     stocks = server.stocks.by_serial()
     order = {id(stock): index for index, stock in enumerate(stocks.values())}
     numbers = {serial: order[id(stock)] for serial, stock in stocks.items()}
-    descriptors = [server.listener.fileno()]
+    listeners = dict(server.other_listeners)
+    descriptors = [server.listener.fileno(), *(one.fileno() for one in listeners.values())]
     spaces: list[dict[str, Any]] = []
     for report in native.spaces():
         try:
@@ -133,7 +134,7 @@ def _everything(
             descriptors.append(one.connection.fileno())
     everything = {
         "snapshots": [asdict(stock.wanted) for stock in stocks.values()], "spaces": spaces,
-        "sessions": described,
+        "sessions": described, "listeners": list(listeners),
     }  # fmt: skip
     return everything, descriptors
 
@@ -203,6 +204,9 @@ def _take(server: Server, connection: socket.socket, stack: ExitStack) -> None:
     stocks = open_all(everything["snapshots"])
     listener = socket.socket(fileno=_receive(connection))
     undo.callback(listener.close)
+    others = {path: socket.socket(fileno=_receive(connection)) for path in everything["listeners"]}
+    for other in others.values():
+        undo.callback(other.close)
     renamed: dict[int, int] = {}
     for space in everything["spaces"]:
         renamed[space["space"]] = number = _take_space(connection, stocks, space)
@@ -211,6 +215,7 @@ def _take(server: Server, connection: socket.socket, stack: ExitStack) -> None:
     _commit(connection)
     undo.pop_all()
     server.listen_by(listener)
+    server.other_listeners = others
     for space in everything["spaces"]:
         with suppress(NativeError):  # its process has ended meanwhile
             native.resume_space(

@@ -27,6 +27,7 @@ from ..paging import wire
 from ..paging.wire import Answer, Ask
 from .access import Access, Peer
 from .listening import listen_at
+from .mapping import map_memory, open_space
 from .populating import populate
 from .status import in_memory, status_of
 from .stock import Stock, Stocks, Wanted
@@ -49,7 +50,8 @@ class Limits:
 
 @dataclass(eq=False)
 class Session:
-    """One client: its connection, what it has open, where it is shown."""
+    """One client: its connection, what it has open, where it is shown. connection: None where a client's ends
+    while its memory is served (`firecracker`): it counts until its space is gone."""
 
     peer: Peer
     connection: socket.socket | None
@@ -98,6 +100,8 @@ class Server:
         self.listener: socket.socket | None = None
         self._place: tuple[int, int] | None = None  # device and inode of our socket
         self.ending = threading.Event()
+        #: Other sockets that listen, by their paths: a handover takes them along, and leaves them here.
+        self.other_listeners: dict[str, socket.socket] = {}
         #: What a session's thread does, by the session's protocol.
         self.talkers: dict[str, Callable[[Session], None]] = {"lazymem": self.talk}
         self._handlers: dict[int, Callable[[Session, Ask, int | None], tuple[Answer, int | None]]] = {
@@ -131,28 +135,34 @@ class Server:
                 place = os.stat(self.path)
                 if (place.st_dev, place.st_ino) == self._place:
                     os.unlink(self.path)
+                    for path in self.other_listeners:
+                        os.unlink(path)
 
     def serve(self) -> None:
         """Take clients in until `ending` is set. Blocks."""
         assert self.listener is not None
         while not self.ending.is_set():
-            self._await_input(self.listener, _SWEEP_SECONDS)
-            with self._lock:
-                while self._halted:
-                    self._changed.wait()
-                if self.ending.is_set():
-                    return
-                try:
-                    connection, _ = self.listener.accept()
-                except BlockingIOError:
-                    connection = None
-                except OSError as error:
-                    logger.warning("a client could not be taken in: %s", error)
-                    connection = None
-                    self._changed.wait(0.05)
+            connection = self.accept(self.listener)
             if connection is not None:
                 self._take_in(connection)
             self._sweep()
+
+    def accept(self, listener: socket.socket) -> socket.socket | None:
+        """Who comes there within a second, but nobody during a handover. The listener does not block."""
+        self._await_input(listener, _SWEEP_SECONDS)
+        with self._lock:
+            while self._halted:
+                self._changed.wait()
+            if self.ending.is_set():
+                return None
+            try:
+                return listener.accept()[0]
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                logger.warning("a client could not be taken in: %s", error)
+                self._changed.wait(0.05)
+                return None
 
     def stop(self) -> None:
         """Have `serve` return, once no handover is under way. For signal handlers, too."""
@@ -189,6 +199,25 @@ class Server:
         talk = self.talkers.get(session.protocol)
         if talk is not None and session.connection is not None:
             threading.Thread(target=talk, args=(session,), daemon=True).start()
+
+    def await_handshake(self, session: Session, seconds: float) -> None:
+        """Until something comes of a client that says one thing and no more; from then on, until `shaken`, no
+        handover begins. Raises `TimeoutError`, and `Halted` where one has begun before."""
+        assert session.connection is not None
+        self._await_input(session.connection, seconds)
+        with self._lock:
+            if self._halted:
+                session.parked = True
+                raise Halted
+            if not select.select([session.connection], [], [], 0)[0]:
+                raise TimeoutError
+            session.asked = Ask(wire.MAP)
+
+    def shaken(self, session: Session) -> None:
+        """Its memory is served, or never will be."""
+        with self._lock:
+            session.asked = session.connection = None
+            self._changed.notify_all()
 
     # ---- a handover ----
 
@@ -240,7 +269,17 @@ class Server:
     def _sweep(self) -> None:
         if time.monotonic() - self._swept > _SWEEP_SECONDS:
             self._swept = time.monotonic()
+            self._end_those_without_memory()
             self.stocks.sweep()
+
+    def _end_those_without_memory(self) -> None:
+        with self._lock:
+            silent = [one for one in self.sessions if one.connection is None]
+        if silent:
+            there = {one.space for one in native.spaces()}
+            for session in silent:
+                if session.space not in there:
+                    self.end(session)
 
     # ---- one client ----
 
@@ -258,11 +297,15 @@ class Server:
             return
         except OSError as error:
             logger.info("client %d: %s", session.peer.pid, error)
+        except Exception:
+            logger.exception("client %d: a defect of lazymem; please report it", session.peer.pid)
         self.end(session)
 
     def end(self, session: Session) -> None:
         """Its connection has ended; its memory need not have."""
         with self._lock:
+            if session not in self.sessions:
+                return  # its own thread and the one that sweeps may both find that it is over
             self.sessions.discard(session)
             self._changed.notify_all()
         if session.space is not None:
@@ -377,12 +420,9 @@ class Server:
         if session.maps > _MAPS_MOST:
             raise wire.BadPacket(f"a connection maps at most {_MAPS_MOST} ranges")
         if descriptor is not None:
-            session.space, _ = native.open_space(descriptor, agree=not ask.flags & native.ADOPT)
+            session.space = open_space(descriptor, adopted=bool(ask.flags & native.ADOPT))
         assert session.space is not None
-        flags = ask.flags & (native.SHARED | native.REMOVED_ZERO | native.ADOPT | native.MORE)
-        native.map_memory(
-            session.space, ask.address, ask.length, session.stock.open(), ask.offset, ask.page or 4096, flags
-        )
+        map_memory(session.space, ask, session.stock.open())
         return Answer(ask.id), None
 
     def _stock_of(self, session: Session) -> Stock:

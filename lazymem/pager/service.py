@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from .._native import pager as native
 from ..store import locations
 from .access import Access
+from .firecracker import Firecracker
 from .handover import take
 from .server import Limits, Server
 from .stock import Wanted
@@ -20,7 +21,10 @@ from .stock import Wanted
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a pager is started with. uids, snapshots: see `Access`; limits, threads: see `Server`."""
+    """What a pager is started with. uids, snapshots: see `Access`; limits, threads: see `Server`.
+
+    protocol: what is spoken at the path; by "firecracker" machines are restored from the first snapshot.
+    """
 
     path: str
     snapshots: Sequence[str] = ()
@@ -29,6 +33,12 @@ class Settings:
     threads: int | None = None
     passes_device: bool = False
     take_over: bool = False
+    protocol: str = "lazymem"
+
+    @property
+    def control(self) -> str:
+        """Where lazymem's own protocol is spoken: at the path, or beside it, if that is for machines."""
+        return self.path if self.protocol == "lazymem" else f"{self.path}.control"
 
 
 def serve(settings: Settings, ready: Callable[[Server, bool], None]) -> None:
@@ -42,7 +52,11 @@ def serve(settings: Settings, ready: Callable[[Server, bool], None]) -> None:
     _raise_limit_of_descriptors()
     access = Access(settings.snapshots, settings.uids)
     server = Server(
-        settings.path, access, settings.limits, threads=settings.threads, passes_device=settings.passes_device
+        settings.control,
+        access,
+        settings.limits,
+        threads=settings.threads,
+        passes_device=settings.passes_device,
     )
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: server.stop())
@@ -50,9 +64,15 @@ def serve(settings: Settings, ready: Callable[[Server, bool], None]) -> None:
     try:
         for location in settings.snapshots:  # a wrong one is an error now, and none is ever closed
             server.stocks.get(Wanted(_absolute(location)))
+        machines = None
+        if settings.protocol == "firecracker":
+            machines = Firecracker(server, settings.path, Wanted(_absolute(settings.snapshots[0])))
         taken = settings.take_over and take(server)
         if not taken:
             server.listen()
+        if machines is not None:
+            machines.listen()
+            machines.start()
         ready(server, taken)
         server.serve()
     finally:

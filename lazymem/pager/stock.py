@@ -21,6 +21,7 @@ from ..store import locations
 from ..store.base import Blob
 
 _WAIT_MS: Final = 50
+_URL_MOST: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,10 @@ class Wanted:
         identities, form, chunk = asked.get("identities", []), asked.get("as_format"), asked.get("chunk_size")
         if not isinstance(location, str) or not location or "\0" in location:
             raise OptionError("the question names no url")
+        if len(location) > _URL_MOST:  # beside it there would be no room for what is wrong with it
+            raise OptionError(f"a url has at most {_URL_MOST} characters")
+        if any("\ud800" <= char <= "\udfff" for char in location):
+            raise OptionError("the url is not a path: it has half a character (a surrogate)")
         if options is not None and not isinstance(options, dict):
             raise OptionError("storage_options is no object")
         if not isinstance(identities, list) or not all(isinstance(one, str) for one in identities):

@@ -40,6 +40,13 @@ def connect(path: str, patience: float = _MOMENT) -> socket.socket:
             connection.settimeout(_PATIENCE)
             connection.connect(path)
             return connection
+        except BlockingIOError as error:
+            connection.close()
+            if time.monotonic() > deadline:
+                raise PagerUnavailable(
+                    f"{path}: too many others wait for the pager to take them in; try again later"
+                ) from error
+            time.sleep(0.02)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             connection.close()
             if time.monotonic() > deadline:

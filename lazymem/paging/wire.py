@@ -20,7 +20,7 @@ STATUS: Final = native.KINDS["STATUS"]
 TAKE_OVER: Final = native.KINDS["TAKE_OVER"]
 POPULATE: Final = native.KINDS["POPULATE"]
 
-_TEXT_MAX: Final = 4000
+_TEXT_MAX: Final = 6000
 
 
 class BadPacket(Exception):

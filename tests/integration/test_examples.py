@@ -17,6 +17,8 @@ import pytest
 
 import lazymem
 
+from ..faults.pager_host import PagerHost
+
 if TYPE_CHECKING:
     from ..servers.s3 import Bucket
 
@@ -38,6 +40,34 @@ ABOUT_LAZINESS = {"three_rows.py", "s3_partial_read.py"}
 
 def test_examples_are_all_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == SAYS.keys() | SAYS_REMOTE.keys() | {TRANSFORMERS}
+    assert {path.name for path in EXAMPLES.glob("*.c")} == {"pager_client.c"}
+
+
+@pytest.mark.needs_userfaultfd
+def test_example_in_c_needs_the_protocols_header_alone(tmp_path: Path) -> None:
+    """And reads a snapshot by a pager, first in a child that knows nothing of one."""
+    data = np.random.default_rng(3).integers(0, 256, 100_001, np.uint8)
+    data[-1] = 7
+    data.tofile(tmp_path / "data")
+    lazymem.build(tmp_path / "data", tmp_path / "data.lzm", chunk_size=64 << 10)
+    shutil.copy(ROOT / "lazymem" / "_native" / "pager_protocol.h", tmp_path)
+    flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
+    target = tmp_path / "pager_client"
+    subprocess.run(["cc", *flags, "-I", tmp_path, EXAMPLES / "pager_client.c", "-o", target], check=True)
+    with PagerHost(tmp_path) as pager:
+        command = [target, pager.socket, tmp_path / "data.lzm"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        missing = subprocess.run(
+            [*command[:2], tmp_path / "none"], capture_output=True, text=True, timeout=30, check=False
+        )
+    expected = 0xCBF29CE484222325
+    for byte in data.tobytes():
+        expected = (expected ^ byte) * 0x100000001B3 % (1 << 64)
+    assert done.stdout.splitlines() == [
+        "the last byte is zero, says a child: no", f"{len(data)} bytes, checksum {expected:016x}",
+    ], done.stderr  # fmt: skip
+    assert missing.returncode == 1
+    assert missing.stderr == f"pager_client: {tmp_path}/none: there is no such file; check the path\n"
 
 
 def examples(names: Iterable[str]) -> list[Any]:
