@@ -901,12 +901,31 @@ static int is_registered(const struct space *space, uint64_t address, uint64_t l
     return answer;
 }
 
+/* Pages of a file come without a message where only missing ones are registered, chunks that are half decoded too if
+ * it is our memfd: so that is for LM_PAGER_SHARED, and what is not said to be has to be anonymous. */
+static int register_memory(const struct space *space, uint64_t address, uint64_t length, uint32_t page, bool shared)
+{
+    uint64_t ioctls;
+    int error = lm_uffd_register_minor(space->fd, address, length, &ioctls);
+
+    if (error == 0 && !shared) {
+        (void)lm_uffd_unregister(space->fd, address, length);
+        return -EINVAL;
+    }
+    if (!shared)
+        error = lm_uffd_register(space->fd, address, length, &ioctls);
+    if (error == 0 && is_registered(space, address, length, page) == 0) {
+        (void)lm_uffd_unregister(space->fd, address, length);
+        error = -EINVAL;
+    }
+    return error;
+}
+
 int lm_pager_map(uint32_t id, uint64_t address, uint64_t length, lm_region *region, uint64_t offset, uint32_t page,
                  uint32_t flags)
 {
     struct lm_space_piece piece = { .at = address, .length = length, .offset = offset, .region = region, .page = page };
     struct space *space;
-    uint64_t ioctls;
     int error;
 
     piece.show = flags & LM_PAGER_IS_ZERO ? LM_SHOW_ZERO
@@ -923,12 +942,7 @@ int lm_pager_map(uint32_t id, uint64_t address, uint64_t length, lm_region *regi
     error = lm_space_add(&space->table, &piece);
     unlock(space);
     if (error == 0 && !(flags & LM_PAGER_ADOPT)) {
-        error = flags & LM_PAGER_SHARED ? lm_uffd_register_minor(space->fd, address, length, &ioctls)
-                                        : lm_uffd_register(space->fd, address, length, &ioctls);
-        if (error == 0 && is_registered(space, address, length, page) == 0) {
-            (void)lm_uffd_unregister(space->fd, address, length);
-            error = -EINVAL;
-        }
+        error = register_memory(space, address, length, page, (flags & LM_PAGER_SHARED) != 0);
         if (error < 0) {
             pthread_mutex_lock(&space->lock);
             (void)lm_space_unmap(&space->table, address, address + length);

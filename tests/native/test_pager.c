@@ -277,6 +277,9 @@ int main(void)
         }
         CHECK(lm_pager_map(space, (uintptr_t)memory + 1, CHUNK, stock, 0, PAGE, 0) == -EINVAL);
         CHECK(lm_pager_map(space, (uintptr_t)memory, sizeof content, stock, CHUNK, PAGE, 0) == -EINVAL);
+        /* Pages of our memfd would come without a message. */
+        if (i % 2 == 0)
+            CHECK(lm_pager_map(space, (uintptr_t)memory, sizeof content, stock, 0, PAGE, 0) == -EINVAL);
         CHECK(lm_pager_map(space, (uintptr_t)memory, sizeof content, stock, 0, PAGE,
                            i % 2 == 0 ? LM_PAGER_SHARED : LM_PAGER_REMOVED_ZERO) == 0);
         CHECK(lm_pager_populate(space, (uintptr_t)memory, 1) <= 1); /* it may be decoded for others */
