@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any, Final
@@ -166,6 +167,8 @@ class Client:
                     (self.hello.pack(), self.open.pack(), mapping.pack()), region.address, size,
                     self._timeout,
                 )  # fmt: skip
+            # Who never closes it unmaps it, too, when the interpreter ends.
+            region.leaving = weakref.finalize(region, region.attachment.leave)
             native.admit(region)
         except NativeError as error:
             region.close()
@@ -183,6 +186,7 @@ class PagedRegion(NativeRegion):
     """A region whose pages come from a pager. Its chunks, as far as anybody here sees them, are of 2 MiB."""
 
     attachment: native.Attachment | None = None
+    leaving: weakref.finalize[Any, Any] | None = None
     user_only = False
 
     def __init__(self, handle: Any, client: Client) -> None:
@@ -255,8 +259,8 @@ class PagedRegion(NativeRegion):
     def close(self) -> None:
         """Unmap, and end the thread that keeps it."""
         self._forget()
-        if self.attachment is not None:
-            self.attachment.leave()
+        if self.leaving is not None:
+            self.leaving()
         super().close()
         if self.attachment is not None:
             self.attachment.close()
