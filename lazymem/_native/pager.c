@@ -1024,6 +1024,10 @@ int64_t lm_pager_populate(uint32_t id, uint64_t address, uint64_t length)
     if (space == NULL)
         return -ESRCH;
     do {
+        if (!begin_work()) { /* a handover: whoever asks is answered by the other pager */
+            got = -EAGAIN;
+            break;
+        }
         pthread_mutex_lock(&space->lock);
         if (space->armed)
             drain_locked(space);
@@ -1031,6 +1035,7 @@ int64_t lm_pager_populate(uint32_t id, uint64_t address, uint64_t length)
         if (space->fault_count > 0)
             atomic_store(&space->dirty, true);
         unlock(space);
+        end_work();
         if (got >= 0) {
             in_place += got;
             address = next;

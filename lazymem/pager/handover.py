@@ -25,7 +25,7 @@ import os
 import socket
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 from .._native import NativeError
@@ -268,8 +268,20 @@ def _take_session(
         space=None if told["space"] is None else renamed[told["space"]],
         maps=told["maps"],
         since=told["since"],
-        asked=None if asked is None else wire.unpack_ask(base64.b64decode(asked)),
+        asked=None if asked is None else _renumbered(wire.unpack_ask(base64.b64decode(asked)), renamed),
     )
+
+
+def _renumbered(ask: Ask, renamed: Mapping[int, int]) -> Ask:
+    """A question that may name a space by the number that it had."""
+    if ask.kind != wire.POPULATE:
+        return ask
+    with suppress(wire.BadPacket):  # which it is answered with
+        told = wire.json_of(ask.payload)
+        if "space" in told:
+            told["space"] = renamed.get(told["space"], 0) if isinstance(told["space"], int) else None
+            return replace(ask, payload=json.dumps(told).encode())
+    return ask
 
 
 def _commit(connection: socket.socket) -> None:

@@ -70,6 +70,7 @@ assert libc.madvise(at + half, 4096 * 16, DONTNEED) == 0  # eight pages were rea
 
 # ---- children with unread pages ----
 go, come = os.pipe()
+here, there = os.pipe()
 def family(generations, inherited=()):
     child = os.fork()
     if child:
@@ -78,6 +79,7 @@ def family(generations, inherited=()):
         for fd in inherited:
             os.close(fd)
         inner = family(generations - 1) if generations > 1 else None
+        os.write(there, b"x")
         os.read(go, 1)
         good = np.array_equal(mine, expected)
         if inner:
@@ -86,6 +88,8 @@ def family(generations, inherited=()):
     finally:
         os._exit(2)
 children = [family(2, [come]), family(1, [come])]
+for _ in range(3):
+    os.read(here, 1)
 
 ending, wrong, rounds, turn = threading.Event(), [], [0] * 3, threading.Condition()
 def scan(number):
