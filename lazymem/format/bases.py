@@ -42,13 +42,11 @@ def open_bases(index: SnapshotIndex, opener: Opener) -> tuple[Blob, ...]:
 
 
 def _check(layer: str, base: Base, blob: Blob) -> None:
-    found: Base | None = None
-    if blob.size == base.size:
-        try:
-            found = describe(base.url, blob)
-        except FormatError:
-            found = None
-    if found != base:
+    try:
+        is_same = describe(base.url, blob) == base
+    except FormatError:
+        is_same = False
+    if not is_same:
         raise SnapshotChanged(
             f"{layer}: is a layer on {base.url!r}, and {blob.url} is not the file that it was built on "
             "(another size, digest or index): put that back, or build the layer anew",

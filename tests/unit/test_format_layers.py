@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from dataclasses import replace
@@ -25,14 +26,17 @@ from lazymem.errors import (
     UnsupportedFormat,
 )
 from lazymem.extractor import cat
-from lazymem.format import layers, structs
+from lazymem.format import layers, reader, structs
 from lazymem.format.index import SnapshotIndex
 from lazymem.format.layers import Base
-from lazymem.format.reader import load_index
+from lazymem.format.reader import SnapshotReader, load_index
+from lazymem.format.reuse import BaseChunks
+from lazymem.opener import LocationOpener
+from lazymem.options import StoreOptions
 from lazymem.store.local import LocalBlob
 from lazymem.summary import list_arrays, summarize
 
-from .format_tools import parse, raw_sections, tail_fields, with_row, with_sections, with_tail
+from .format_tools import MemoryBlob, parse, raw_sections, tail_fields, with_row, with_sections, with_tail
 
 CHUNK = 1 << 16
 RNG = np.random.default_rng(0)
@@ -113,7 +117,9 @@ def test_layer_is_told_from_other_files_by_its_feature_bit_and_nothing_else_chan
             parse(data)
 
 
-@pytest.mark.parametrize("codecs", [("zstd", "none"), ("none", "zstd"), ("lz4", "zstd")], ids="-".join)
+@pytest.mark.parametrize(
+    "codecs", [("zstd", "none"), ("none", "zstd"), ("none", "none"), ("lz4", "zstd")], ids="-".join
+)
 def test_reused_records_keep_their_codec_and_filter(tmp_path: Path, codecs: tuple[str, str]) -> None:
     numbers = RNG.standard_normal(CHUNK).astype(np.float32)  # four chunks
     changed = np.concatenate([np.full(CHUNK // 4, 7, np.float32), numbers[CHUNK // 4 :], numbers[:100]])
@@ -158,11 +164,11 @@ def test_layer_without_anything_in_common_is_right(tmp_path: Path) -> None:
 
 
 def test_layer_of_a_layer_names_all_files_it_uses(pair: Path) -> None:
-    build(pair, "third", memory([11, 0, 20, 10, 2], 1000), "next.lzm")
+    build(pair, "third", memory([11, 3, 20, 10, 2], 1000), "next.lzm")
     third = index_of(pair / "third.lzm")
     assert [base.url for base in third.sources] == ["next.lzm", "base.lzm"]
-    # Chunk 0 of the base is in no record of the layer between them, so it is stored again.
-    assert third.records["source"].tolist() == [1, 0, 0, 1, 0, 2]
+    # Chunk 2 of the base is in no record of the layer between them, so it is stored again.
+    assert third.records["source"].tolist() == [1, 2, 0, 1, 0, 2]
     assert content(pair / "third.lzm") == (pair / "third.mem").read_bytes()
     assert lazymem.verify(pair / "third.lzm").ok
     # What is not used is not needed: nothing of base.lzm but the direct base.
@@ -170,8 +176,54 @@ def test_layer_of_a_layer_names_all_files_it_uses(pair: Path) -> None:
     fourth = index_of(pair / "fourth.lzm")
     assert [base.url for base in fourth.sources] == ["third.lzm", "next.lzm"]
     assert fourth.records["source"].tolist() == [2, 0, 0]
+    build(pair, "fifth", memory([3, 21], 7), "third.lzm")
+    fifth = index_of(pair / "fifth.lzm")
+    assert [base.url for base in fifth.sources] == ["third.lzm", "base.lzm"]
+    (pair / "next.lzm").rename(pair / "away")
+    assert content(pair / "fifth.lzm") == (pair / "fifth.mem").read_bytes()
+    (pair / "away").rename(pair / "next.lzm")
     (pair / "base.lzm").unlink()
     assert content(pair / "fourth.lzm") == (pair / "fourth.mem").read_bytes()
+
+
+def test_chunk_is_reused_by_its_whole_digest(pair: Path) -> None:
+    with LocalBlob(pair / "base.lzm") as blob:
+        chunks = BaseChunks(SnapshotReader(blob), str(pair / "x.lzm"))
+    for row, offset in zip(NOISE[:2], index_of(pair / "base.lzm").records["offset"], strict=False):
+        digest = hashlib.sha256(row).digest()
+        record = chunks.find(digest)
+        assert record is not None
+        assert (np.frombuffer(record, structs.CHUNK.dtype)["offset"], record[16]) == (offset, 1)
+        assert (
+            chunks.find(digest[:-1] + bytes([digest[-1] ^ 1])) is None
+        )  # what is looked up first is the same
+        assert chunks.find(bytes(32)) is chunks.find(b"\xff" * 32) is None
+
+
+class RemoteBlob(MemoryBlob):
+    """Counts what is read of it."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.reads: list[tuple[int, int]] = []
+
+    def read(self, offset: int, length: int) -> bytes:
+        self.reads.append((offset, length))
+        return super().read(offset, length)
+
+
+def test_files_of_a_remote_layer_are_read_ahead_each_for_its_own_chunks(
+    pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, base = (RemoteBlob((pair / f"{name}.lzm").read_bytes()) for name in ("next", "base"))
+    monkeypatch.setattr(reader, "open_bases", lambda index, opener: (base,))
+    source = SnapshotReader(layer, LocationOpener(StoreOptions()))
+    del layer.reads[:], base.reads[:]
+    with source.ahead([(0, len(NEXT) - 500), (len(NEXT) - 500, 500)]):
+        assert b"".join(source.read_range(0, len(NEXT))) == NEXT
+    rows = source.index.records[["offset", "stored_length", "source"]].tolist()
+    assert layer.reads == [(64, 2 * CHUNK)]  # neighbours
+    assert sorted(base.reads) == sorted((at, length) for at, length, number in rows if number)
 
 
 def test_chain_of_layers_ends_with_a_clear_error(tmp_path: Path) -> None:
