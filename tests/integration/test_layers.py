@@ -13,6 +13,7 @@ import lazymem
 from lazymem.cli import run
 from lazymem.store import ahead
 
+from .. import pagers
 from ..children import check_child
 from ..servers.s3 import Bucket
 
@@ -28,8 +29,9 @@ TOUCH = """
     import lazymem
 
     whole = np.frombuffer(Path(sys.argv[1]).read_bytes(), np.uint8)
-    for mode, backend in zip(sys.argv[3::2], sys.argv[4::2]):
-        with lazymem.open(sys.argv[2], mode=mode, backend=backend) as snap:
+    for way in sys.argv[3:]:
+        options = dict(pair.split("=") for pair in way.split())
+        with lazymem.open(sys.argv[2], **options) as snap:
             data, wrong = snap["data"], []
             def touch(first):
                 for page in range(len(whole) // 4096 - first, -1, -4):
@@ -78,7 +80,7 @@ def test_layer_by_the_command_line_is_small_and_every_touch_of_it_is_right(
     assert verb(capsys, "build", "--base", monday, guest / "tuesday.mem", tuesday) == ("", "")
     own = tuesday.stat().st_size / monday.stat().st_size
     assert 0.01 < own < 0.03  # four chunks of 268, and 64 bytes for each of them
-    ways = ("r", "auto", "c", "auto", "r", "eager")
+    ways = ("mode=r", "mode=c", "backend=eager")
     assert len(check_child(TOUCH, guest / "tuesday.mem", tuesday, *ways).splitlines()) == 3
 
     out, _ = verb(capsys, "info", tuesday)
@@ -103,6 +105,15 @@ def test_layer_by_the_command_line_is_small_and_every_touch_of_it_is_right(
     assert "is not the file that it was built on" in err
 
 
+@pytest.mark.needs_userfaultfd
+def test_pager_serves_a_layer(guest: Path) -> None:
+    lazymem.build(guest / "monday.mem", guest / "monday.lzm", chunk_size=CHUNK)
+    lazymem.build(guest / "tuesday.mem", guest / "tuesday.lzm", base=guest / "monday.lzm")
+    with pagers.running(guest / "socket") as pager:
+        out = check_child(TOUCH, guest / "tuesday.mem", guest / "tuesday.lzm", f"pager={pager.path}")
+    assert out.startswith("pager ")
+
+
 def test_layers_in_a_bucket_are_read_from_their_files(
     guest: Path, s3: Bucket, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +124,7 @@ def test_layers_in_a_bucket_are_read_from_their_files(
     assert report.file_bytes < 10 * CHUNK
     facts = json.loads(verb(capsys, "info", "--json", third)[0])
     assert [one["url"] for one in facts["bases"]] == ["m/tuesday.lzm", "m/monday.lzm"]
-    check_child(TOUCH, guest / "monday.mem", third, "r", "auto")
+    check_child(TOUCH, guest / "monday.mem", third, "mode=r")
     monkeypatch.setattr(ahead, "PIECE", 3 * CHUNK)  # so that several are under way
     for url, name in (layer, "tuesday.mem"), (third, "monday.mem"):
         assert lazymem.verify(url).ok
