@@ -105,9 +105,9 @@ def build(
     progress: called with (bytes done, bytes in all or None).
 
     Blocks. Needs memory for (5 threads + 6) chunks, 64 bytes per stored chunk and 150 per one of the base,
-    and some 100 MiB for each end that is remote, whatever the size of the source; only arrays of a mapping are in memory
-    already. The destination appears, synced or uploaded in full, when everything is written; a build
-    that fails or is interrupted leaves nothing that looks like one, and no parts of an upload.
+    and some 100 MiB for each end that is remote, whatever the size of the source; only arrays of a mapping
+    are in memory already. The destination appears, synced or uploaded in full, when everything is written;
+    a build that fails or is interrupted leaves nothing that looks like one, and no parts of an upload.
 
     Raises `BuildError`, `AccessDenied`, `OptionError`, `UnsupportedDtype`, and what reading the
     source raises: `SnapshotNotFound`, `FormatError`, `ReadError`, `ChunkCorrupt`.
