@@ -161,11 +161,12 @@ class IndexCatalog:
         )
 
     def _pieces(self, fd: int) -> tuple[MapPiece, ...] | None:
-        """Runs of the file that can be mapped: all chunks as they are, on page boundaries."""
+        """Runs of the file that can be mapped: all chunks as they are, on page boundaries, none a base's."""
         index, records = self._index, self._index.records
         size, page = index.chunk_size, mmap.PAGESIZE
         if (
             fd < 0
+            or index.sources
             or ((records["codec"] != 0) | (records["filter"] != 0) | (records["offset"] % page != 0)).any()
         ):
             return None

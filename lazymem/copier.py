@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from .destination import Destination
-from .errors import OptionError, SnapshotChanged
+from .errors import FormatError, OptionError, SnapshotChanged
 from .format.index import SnapshotIndex
+from .format.layers import resolve
 from .format.reader import SnapshotReader, has_magic
 from .opener import LocationOpener, location_of
 from .options import StoreOptions
@@ -33,13 +34,14 @@ StrPath = str | os.PathLike[str]
 @dataclass(frozen=True, slots=True)
 class CopyReport:
     """What `copy` did. size: bytes. checked: stored chunks that match their checksum; None: no snapshot,
-    or not asked for."""
+    or not asked for. bases: what a layer needs where the copy lies, as it names them; not copied."""
 
     source: str
     destination: str
     size: int
     checked: int | None
     seconds: float
+    bases: tuple[str, ...] = ()
 
 
 def copy(
@@ -66,6 +68,10 @@ def copy(
     synced or uploaded in full, when everything is written; else nothing of it is left. Raises `BuildError`,
     `AccessDenied`, `OptionError`, `SnapshotNotFound`, `SnapshotChanged`, `ReadError`, and for a damaged
     snapshot `FormatError` or `ChunkCorrupt`.
+
+    Of a layer only the layer itself is copied (and its own chunks checked): it needs its base under the same
+    name there. One whose base cannot be named from there, because it lies in another store, is refused
+    (`OptionError`); `build` makes a whole snapshot of it. With verify=False nothing of this is looked at.
     """
     started = time.monotonic()
     location, target_location = location_of(source), location_of(destination, "the destination")
@@ -89,6 +95,7 @@ def copy(
             raise OptionError(f"{url}: is the source and the destination; there is nothing to copy")
         target.check_replaced()
         reader = SnapshotReader(blob) if verify and has_magic(blob) else None
+        bases = () if reader is None else _bases_from(target.url, reader.index)
         file = stack.enter_context(target.writer()).file
         ahead: Blob = blob
         if blob.fileno() is None:
@@ -104,8 +111,21 @@ def copy(
         if blob.has_changed():
             raise SnapshotChanged(f"{url}: was changed while it was copied; copy it again", url=url)
         target.check_replaced()
-    checked = None if reader is None else len(reader.index.records)
-    return CopyReport(url, target.url, blob.size, checked, time.monotonic() - started)
+    checked = None if reader is None else int((reader.index.records["source"] == 0).sum())
+    return CopyReport(url, target.url, blob.size, checked, time.monotonic() - started, bases)
+
+
+def _bases_from(target: str, index: SnapshotIndex) -> tuple[str, ...]:
+    """What a layer needs at its new place, as it names it. Raises `OptionError` where that cannot work."""
+    for base in index.sources:
+        try:
+            resolve(target, base)
+        except FormatError as error:
+            raise OptionError(
+                f"{index.url}: is a layer, and its base {base.url!r} cannot be used from {target}, "
+                "another store: `lazymem build` makes a whole snapshot of it there"
+            ) from error
+    return tuple(base.url for base in index.sources)
 
 
 def _steps(size: int, index: SnapshotIndex | None) -> Iterator[tuple[int, int, list[int]]]:
@@ -113,7 +133,8 @@ def _steps(size: int, index: SnapshotIndex | None) -> Iterator[tuple[int, int, l
     position = 0
     if index is not None:
         offsets, lengths = index.records["offset"], index.records["stored_length"]
-        order = np.argsort(offsets, kind="stable").tolist()
+        own = np.flatnonzero(index.records["source"] == 0)
+        order = own[np.argsort(offsets[own], kind="stable")].tolist()
         # Records may share their bytes (FORMAT.md, *Chunks*); else they lie apart.
         for offset, group in groupby(order, key=lambda record: int(offsets[record])):
             records = list(group)

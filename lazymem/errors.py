@@ -180,8 +180,9 @@ EXPLANATIONS: Final = (
         "as the message says", ("SHORT", "CODEC", "STORE", "FETCHER", "LOST", "MOVED"),
     ),
     Explanation(
-        SnapshotChanged, "the file or object was changed while open, or after it was pickled",
-        "open it again", ("CHANGED",),
+        SnapshotChanged,
+        "the file or object was changed while open, or after it was pickled; a layer's base is another file",
+        "open it again; put the base back", ("CHANGED",),
     ),
     Explanation(SnapshotClosed, "used after `close()`", "open it again", ("CLOSED",)),
     Explanation(ArrayNotFound, "no array of that name", "`lazymem ls`"),

@@ -97,8 +97,8 @@ def extract(
         what = "is a folder; name a snapshot in it" if opener.is_folder(location) else "is not a snapshot"
         url = locations.display(location)
         raise FormatError(f"{url}: {what}: only snapshots are extracted", url=url)
-    with contextlib.closing(blob):
-        job = _Job(SnapshotReader(blob), overwrite, progress)
+    with contextlib.closing(blob), contextlib.closing(SnapshotReader(blob, opener)) as reader:
+        job = _Job(reader, overwrite, progress)
         try:
             if format is None and names is None and job.index.container is not None:
                 _extract_original(job, job.index.container, target)
@@ -136,13 +136,13 @@ def cat(
     with contextlib.closing(recognize(location, opener)) as found:
         if isinstance(found, Directory):
             return _cat_in_place(locations.display(location), found, name, out)
-        reader = SnapshotReader(found)
-        (name,) = _names(reader, [name])
-        place = reader.index.place_of(name)
-        with reader.ahead([(place.offset, place.nbytes)]):
-            for piece in _elements(reader, place):
-                out.write(piece)
-        return place.size
+        with contextlib.closing(SnapshotReader(found, opener)) as reader:
+            (name,) = _names(reader, [name])
+            place = reader.index.place_of(name)
+            with reader.ahead([(place.offset, place.nbytes)]):
+                for piece in _elements(reader, place):
+                    out.write(piece)
+            return place.size
 
 
 def _opener(storage_options: Mapping[str, Any] | None, cache: Cache) -> LocationOpener:

@@ -121,8 +121,8 @@ class Region(Memory):
         pieces = () if layout.content_size == 0 else layout.pieces
         if pieces is None:
             raise BackendUnavailable(
-                f"{url}: is compressed, converted, or not a local file, and backend 'map' shows only plain "
-                "bytes of local files; use backend 'auto'"
+                f"{url}: is compressed, converted, a layer, or not a local file, and backend 'map' shows "
+                "only plain bytes of one local file; use backend 'auto'"
             )
         try:
             return NativeRegion.open_map(

@@ -21,6 +21,7 @@ from .catalog import ArrayInfo, Catalog, DirectoryCatalog, IndexCatalog, Layout
 from .composition import ComposedCatalog, Part, Recipe, cast_recipes, float_dtype
 from .containers.base import Directory
 from .errors import ArrayNotFound, OptionError, OutOfMemory, SnapshotChanged
+from .format.bases import open_bases
 from .format.reader import load_index
 from .memory import Span, Stats
 from .opener import LocationOpener, location_of
@@ -607,9 +608,11 @@ def open(
     of a new chunk one more. Every request is for the version that was opened; if the object is replaced,
     reading raises `SnapshotChanged`. Uncompressed local files are mapped and share the page cache: their
     bytes are not checked when they are touched (`verify` does it, or backend="uffd" for snapshots).
-    Everything else is.
+    Everything else is. A snapshot that is a layer (`build`'s base=) needs its base, which is opened, too, at
+    one request more, and must be the very file that it was built on.
     Raises `SnapshotNotFound`, `AccessDenied`, `FormatError`, `UnsupportedFormat`, `ReadError`,
-    `BackendUnavailable`, `OutOfMemory`, `OptionError`; with a pager `PagerUnavailable`.
+    `SnapshotChanged` (another base), `BackendUnavailable`, `OutOfMemory`, `OptionError`; with a pager
+    `PagerUnavailable`.
     """
     options = OpenOptions.from_environment(
         mode=mode,
@@ -692,7 +695,10 @@ def load(
         url = locations.display(location)
         return url, catalog, tuple(found.files), None, DirectoryFiles(url, found, opener)
     index = load_index(found)
-    return found.url, IndexCatalog(index), (found,), index.digest.hex(), OriginFiles(index)
+    bases = open_bases(index, opener)
+    for base in bases:
+        stack.callback(base.close)
+    return found.url, IndexCatalog(index), (found, *bases), index.digest.hex(), OriginFiles(index)
 
 
 def open_array(source: StrPath, name: str | None = None, **options: Any) -> NDArray[Any]:

@@ -73,16 +73,27 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseFile:
+    """A file whose chunks a layer uses. url: as the layer names it. digest: of its content, hexadecimal."""
+
+    url: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Chunks:
     """The chunks of a snapshot. stored + zero = count; codecs and filters count the stored ones.
 
-    stored_bytes: what they take in the file. ratio: bytes of the arrays over stored_bytes, or 0.0.
+    shared: those of the stored ones that lie in the bases of a layer. stored_bytes: what the others take in
+    the file. ratio: bytes of the arrays over stored_bytes, or 0.0.
     """
 
     size: int
     count: int
     stored: int
     zero: int
+    shared: int
     stored_bytes: int
     ratio: float
     codecs: Mapping[str, int]
@@ -98,6 +109,7 @@ class Summary:
     content_bytes: of the memory that shows a snapshot; it, chunks, digest, created_by and container are
     None for containers. files: of a container; a snapshot is one file. other_files: names of what lies
     beside them in a model's folder; of a remote one, whose listing would cost requests, only the index.
+    bases: what a layer stands on; not opened here.
     compressed_arrays: those of a container that keep it from being read in place.
     """
 
@@ -118,6 +130,7 @@ class Summary:
     metadata: Mapping[str, Any]
     array_metadata: Mapping[str, Mapping[str, Any]]
     other_files: tuple[str, ...] = ()
+    bases: tuple[BaseFile, ...] = ()
 
 
 @contextmanager
@@ -231,6 +244,7 @@ def _summarize_index(index: SnapshotIndex) -> Summary:
             count=facts.chunks,
             stored=facts.chunks - facts.zero_chunks,
             zero=facts.zero_chunks,
+            shared=facts.shared_chunks,
             stored_bytes=facts.stored_bytes,
             ratio=facts.ratio,
             codecs=facts.codecs,
@@ -249,6 +263,7 @@ def _summarize_index(index: SnapshotIndex) -> Summary:
         files=(),
         metadata=index.metadata,
         array_metadata=index.array_metadata,
+        bases=tuple(BaseFile(base.url, base.size, base.digest) for base in index.sources),
     )
 
 

@@ -36,13 +36,17 @@ _WAITING: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class BadChunk:
-    """A damaged chunk. offset and length: of its stored bytes. arrays: those with bytes in it."""
+    """A damaged chunk. offset and length: of its stored bytes. arrays: those with bytes in it.
+
+    base: of a layer's chunk, the file that holds these bytes; None: the layer itself.
+    """
 
     chunk: int
     offset: int
     length: int
     arrays: tuple[str, ...]
     reason: str
+    base: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +87,10 @@ def verify(
 ) -> VerifyReport:
     """Check all of a snapshot, and report every damaged chunk.
 
-    source: a path or URL. deep: decode every chunk and compare its SHA-256 too; without it only the
-    checksums of the stored bytes. storage_options: as for `open`. cache: as for `open`, but None is none
-    whatever the environment says, since it is the store's own bytes that are in question.
+    source: a path or URL; of a layer, the chunks that it uses of its bases are checked, too.
+    deep: decode every chunk and compare its SHA-256 too; without it only the checksums of the stored bytes.
+    storage_options: as for `open`. cache: as for `open`, but None is none whatever the environment says,
+    since it is the store's own bytes that are in question.
     progress: called with (chunks checked, chunks in all). Blocks until all is read. Raises `FormatError`
     if `source` is no snapshot or its index is damaged, what opening a file raises, and `ReadError` if a
     remote store does not deliver.
@@ -102,8 +107,8 @@ def verify(
             what = "is a folder, and one file is verified at a time; name it"
         url = locations.display(location)
         raise FormatError(f"{url}: {what}; `lazymem build` makes a snapshot that carries them", url=url)
-    with closing(blob):
-        return _Verification(SnapshotReader(blob), deep).run(workers, progress, started)
+    with closing(blob), closing(SnapshotReader(blob, opener)) as reader:
+        return _Verification(reader, deep).run(workers, progress, started)
 
 
 class _Damaged(Exception):
@@ -176,7 +181,8 @@ class _Verification:
         except self._unreadable as error:
             self._problems.append(str(error))
             return
-        if head["chunk_size"] != index.chunk_size or head["incompatible"] & ~structs.KNOWN_INCOMPATIBLE:
+        features = structs.LAYERS if index.sources else 0
+        if head["chunk_size"] != index.chunk_size or head["incompatible"] != features:
             self._problems.append(f"{index.url}: the head disagrees with the tail; build the snapshot anew")
 
     def _check_digest(self, found: bytes) -> bool | None:
@@ -209,7 +215,8 @@ class _Verification:
                 row = self._index.records[record]
                 arrays = tuple(self._reader.chunk_arrays(chunk))
                 cause = str(error.__cause__ or error)  # the error itself names the chunk once more
-                bad.append(BadChunk(chunk, int(row["offset"]), int(row["stored_length"]), arrays, cause))
+                place = int(row["offset"]), int(row["stored_length"])
+                bad.append(BadChunk(chunk, *place, arrays, cause, self._reader.base_of(record)))
         return count, bytes(found), bad
 
     def _check_one(self, chunk: int, record: int, stored: bytes) -> bytes:

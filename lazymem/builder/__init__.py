@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Final, cast
 
 from ..containers.base import Directory
 from ..destination import Destination
-from ..errors import BuildError, OptionError
+from ..errors import BuildError, FormatError, OptionError
+from ..format.reader import SnapshotReader, open_snapshot
+from ..format.reuse import BaseChunks
 from ..format.writer import SnapshotWriter, metadata_section
 from ..opener import LocationOpener, location_of
 from ..options import DEFAULT_CHUNK_SIZE, BuildOptions, StoreOptions
@@ -41,7 +43,8 @@ class BuildReport:
 
     arrays: with views, without hidden ones. content_bytes: of the region that shows the snapshot.
     source_bytes: of what went in.
-    chunks: all of them; zero_chunks take no bytes, raw_chunks did not shrink. digest: hexadecimal.
+    chunks: all of them; zero_chunks take no bytes, raw_chunks did not shrink,
+        shared_chunks lie in the base. digest: hexadecimal.
     exact: `extract` gives back the very files that went in, or none did; else reason says why not.
     left_out: what lies in a model folder and was not taken: files that hold the same weights once more, links
         that lead out of it, to a folder or nowhere, pipes, names that cannot be printed.
@@ -60,6 +63,7 @@ class BuildReport:
     reason: str | None
     seconds: float
     left_out: tuple[str, ...] = ()
+    shared_chunks: int = 0
 
 
 def build(
@@ -68,7 +72,8 @@ def build(
     *,
     codec: str = "zstd",
     level: int | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int | None = None,
+    base: StrPath | None = None,
     planes: bool | None = None,
     threads: int | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -85,7 +90,12 @@ def build(
         all of which goes in (weights, configuration, tokenizer ...), but not hidden files, the same weights
         in further formats, nor links out of it (except to the weights, and in Hugging Face's cache); a list
         of such, folders then for their weights only; a binary file object; or "-" for standard input.
-    codec, level, chunk_size, planes, threads: see `BuildOptions`.
+    codec, level, chunk_size, planes, threads: see `BuildOptions`. chunk_size=None: the base's, else 2 MiB.
+    base: a snapshot, local like the destination or in the same bucket. The result is a layer, which stores
+        only chunks that the base (or what that stands on) has nowhere, and needs the base, unchanged, to be
+        opened: under a relative name if it lies beside the destination or below, else where it is now.
+        What neither has, or only at other chunk boundaries, is stored as ever. At most 16 files one below the
+        other.
     metadata, array_metadata: JSON, kept with what the source says, over which they win.
     overwrite: whether to replace an existing destination: None, if it is a snapshot or empty; True,
         any regular file; False, none (in object stores: If-None-Match). Source and destination may be
@@ -94,28 +104,39 @@ def build(
         variables and files count too. No cache on disk is used: a build reads everything once.
     progress: called with (bytes done, bytes in all or None).
 
-    Blocks. Needs memory for (5 threads + 6) chunks and 64 bytes per stored chunk, and some 100 MiB for
-    each end that is remote, whatever the size of the source; only arrays of a mapping are in memory
-    already. The destination appears, synced or uploaded in full, when everything is written; a build
-    that fails or is interrupted leaves nothing that looks like one, and no parts of an upload.
+    Blocks. Needs memory for (5 threads + 6) chunks, 64 bytes per stored chunk and 150 per one of the base,
+    and some 100 MiB for each end that is remote, whatever the size of the source; only arrays of a mapping
+    are in memory already. The destination appears, synced or uploaded in full, when everything is written;
+    a build that fails or is interrupted leaves nothing that looks like one, and no parts of an upload.
 
     Raises `BuildError`, `AccessDenied`, `OptionError`, `UnsupportedDtype`, and what reading the
     source raises: `SnapshotNotFound`, `FormatError`, `ReadError`, `ChunkCorrupt`.
     """
     started = time.monotonic()
-    options = BuildOptions(codec, level, chunk_size, planes, threads)
+    size = DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size
+    options = BuildOptions(codec, level, size, planes, threads)
     store_options = StoreOptions.from_environment(storage_options, cache=False)
     target = Destination(location_of(destination, "the destination"), store_options, overwrite)
     metadata_section(metadata or {}, array_metadata or {})  # refuse it before the work, not after
     with ExitStack() as stack:
-        opened = _open_source(source, LocationOpener(store_options))
+        opener = LocationOpener(store_options)
+        shared = None
+        if base is not None:
+            shared = _open_base(location_of(base, "the base"), target, opener, stack)
+            if chunk_size not in (None, shared.chunk_size):
+                raise OptionError(
+                    f"chunk_size is {chunk_size}, but the base has chunks of {shared.chunk_size} bytes; "
+                    "leave it out"
+                )
+            options = replace(options, chunk_size=shared.chunk_size)
+        opened = _open_source(source, opener)
         stack.callback(opened.close)
         unknown = set(array_metadata or {}) - set(opened.names)
         if unknown:
             raise OptionError(f"array_metadata names {min(unknown)!r}, which the source does not have")
         target.check_replaced()
         file = stack.enter_context(target.writer()).file
-        writer = stack.enter_context(SnapshotWriter(file, options, created_by=_created_by()))
+        writer = stack.enter_context(SnapshotWriter(file, options, created_by=_created_by(), base=shared))
         offsets, own_metadata = _copy(opened, writer, progress)
         for name, values in (array_metadata or {}).items():
             own_metadata[name] = {**own_metadata.get(name, {}), **values}
@@ -146,7 +167,29 @@ def build(
         reason=reason,
         seconds=time.monotonic() - started,
         left_out=opened.left_out if isinstance(opened, ContainerSource) else (),
+        shared_chunks=result.shared_chunks,
     )
+
+
+def _open_base(location: str, target: Destination, opener: Opener, stack: ExitStack) -> BaseChunks:
+    """The chunks of the base at `location`; its files stay open as long as `stack`, so that all of them are
+    the ones that are named. Raises `OptionError` where a layer at the target cannot stand on it."""
+    blob = open_snapshot(location, opener)
+    if blob is None:
+        url = locations.display(location)
+        raise FormatError(
+            f"{url}: is not a snapshot, and only a snapshot can be a base; build one first", url=url
+        )
+    stack.callback(blob.close)
+    if locations.has_secrets(location):
+        raise OptionError(f"{blob.url}: is named with credentials, which must not be written into a layer")
+    reader = SnapshotReader(blob, opener)
+    stack.callback(reader.close)
+    if target.is_one_of([blob, *reader.bases]):
+        raise OptionError(
+            f"{target.url}: is the base, or what that stands on, and cannot be replaced by a layer"
+        )
+    return BaseChunks(reader, target.url)
 
 
 def _check_source_stays(target: Destination, source: ContainerSource, reason: str | None) -> None:
@@ -221,7 +264,7 @@ def _open_location(location: str, opener: Opener) -> Source:
     if isinstance(found, Directory):
         return ContainerSource(found)
     try:
-        return SnapshotSource(found)
+        return SnapshotSource(found, opener)
     except BaseException:
         found.close()
         raise

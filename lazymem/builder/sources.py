@@ -24,7 +24,7 @@ from ..format import structs
 from ..format.layout import SMALL_ALIGNMENT
 from ..format.origin import Origin, OriginFile
 from ..format.reader import SnapshotReader
-from ..store.base import Blob
+from ..store.base import Blob, Opener
 from ..views import PIECE, View, pieces_in_c_order
 
 #: A piece of an array: bytes, or a number of zero bytes that need not be read.
@@ -205,9 +205,9 @@ class StreamSource:
 class SnapshotSource:
     """An existing snapshot, built again with other settings. Its zero chunks are not read."""
 
-    def __init__(self, blob: Blob) -> None:
+    def __init__(self, blob: Blob, opener: Opener) -> None:
         self._blob = blob
-        self._reader = SnapshotReader(blob)
+        self._reader = SnapshotReader(blob, opener)
         self._index = self._reader.index
         self.total_bytes = int(self._index.arrays["nbytes"].sum())
         self.source_bytes = blob.size
@@ -286,6 +286,7 @@ class SnapshotSource:
         return shifted
 
     def close(self) -> None:
+        self._reader.close()
         self._blob.close()
 
 

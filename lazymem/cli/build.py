@@ -43,9 +43,13 @@ class Size(click.ParamType[int]):
 @click.option(
     "--chunk-size",
     type=Size(),
-    default="2M",
-    show_default=True,
-    help="Bytes populated at once, such as 64K or 2M; a power of two from 64K to 64M.",
+    help="Bytes populated at once, such as 64K or 2M; a power of two from 64K to 64M.  [default: 2M, or the "
+    "base's]",
+)
+@click.option(
+    "--base",
+    metavar="SNAPSHOT",
+    help="Make DST a layer: store only chunks that this snapshot lacks. DST then needs it.",
 )
 @click.option(
     "--planes/--no-planes",
@@ -68,7 +72,8 @@ def build(
     destination: str,
     codec: str,
     level: int | None,
-    chunk_size: int,
+    chunk_size: int | None,
+    base: str | None,
     planes: bool | None,
     threads: int | None,
     metadata: tuple[tuple[str, str], ...],
@@ -85,6 +90,10 @@ def build(
     appears when it is whole and synced, or uploaded in full; until then nothing stands under its name, and
     an upload that is interrupted leaves no parts. Memory stays bounded whatever the size of SRC.
 
+    With --base DST stores only what that snapshot lacks, chunk by chunk, wherever it lies in it, and needs it
+    from then on, unchanged: by a relative name where it lies beside DST or below, else where it is now. Both
+    must be local, or lie in one bucket.
+
     \b
     Examples:
       lazymem build model.safetensors model.lzm
@@ -92,6 +101,7 @@ def build(
       lazymem build all-MiniLM-L6-v2/ model.lzm
       lazymem build --metadata run=42 --metadata by=me shards/ model.lzm
       lazymem build s3://bucket/model.safetensors s3://bucket/model.lzm
+      lazymem build --base monday.lzm tuesday.mem tuesday.lzm
       zcat memory.img.gz | lazymem build - memory.lzm
     """
     from ..builder import build as build_snapshot
@@ -105,6 +115,7 @@ def build(
             codec=codec,
             level=level,
             chunk_size=chunk_size,
+            base=base,
             planes=planes,
             threads=threads,
             metadata=dict(metadata),

@@ -46,7 +46,8 @@ def copy(
 
     Nothing is decompressed; the bytes stay what they are. Reads ahead in parallel, writes in order, with
     bounded memory. DST appears when it is whole; an interrupted upload leaves no parts behind. Where DST is
-    a folder, the file goes into it.
+    a folder, the file goes into it. Of a layer (see build --base) only the layer is copied, and a note says
+    which base it needs there.
 
     \b
     Examples:
@@ -67,6 +68,13 @@ def copy(
             storage_options=storage_options,
             destination_options=dict(destination_options) or None,
             progress=report,
+        )
+    if not quiet and result.bases:
+        click.echo(
+            f"lazymem: note: only the layer was copied; {plain(result.destination)} needs its base "
+            f"{', '.join(plain(name) for name in result.bases)}"
+            f"{'' if all(name[0] == '/' or '://' in name for name in result.bases) else ' beside it'}",
+            err=True,
         )
     if not quiet and sys.stdout.isatty():
         facts = [human_bytes(result.size), human_seconds(result.seconds)]

@@ -80,6 +80,11 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
                     ", ".join(f"{count(number, 'chunk')} {name}" for name, number in chunks.filters.items()),
                 )
             )
+        for base in summary.bases:
+            lines.append(("base", f"{plain(base.url)}, {human_bytes(base.size)}"))
+            lines.append(("  digest", base.digest))
+        if summary.bases:
+            lines.append(("of them", f"{count(chunks.shared, 'chunk')}, which take nothing here"))
         if chunks.zero:
             lines.append(("zeros", f"{count(chunks.zero, 'chunk')}, stored nowhere"))
         lines.append(("digest", summary.digest or ""))

@@ -82,4 +82,5 @@ def _bad(bad: BadChunk) -> str:
     shown = ", ".join(plain(name) for name in bad.arrays[:_MAX_ARRAYS])
     more = len(bad.arrays) - _MAX_ARRAYS
     arrays = f"{shown} and {more:,} more" if more > 0 else shown or "no array"
-    return f"chunk {bad.chunk}, {bad.length:,} bytes at {bad.offset:,} of the file, holds {arrays}"
+    file = "the file" if bad.base is None else f"its base {plain(bad.base)}"
+    return f"chunk {bad.chunk}, {bad.length:,} bytes at {bad.offset:,} of {file}, holds {arrays}"

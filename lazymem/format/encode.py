@@ -60,6 +60,14 @@ class EncodedChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedChunk:
+    """A chunk that a base has already. record: as CHNK will hold it."""
+
+    record: bytes
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class _Way:
     """One way to store a chunk. literals: no matches are looked for."""
 
@@ -72,9 +80,13 @@ _PLAIN: Final = _Way(structs.FILTER_NONE, 0, False)
 
 
 class ChunkEncoder:
-    """Encodes chunks as `options` say. Threads may share it; each keeps its compressors and a buffer."""
+    """Encodes chunks as `options` say. Threads may share it; each keeps its compressors and a buffer.
 
-    def __init__(self, options: BuildOptions) -> None:
+    find: SHA-256 -> the record of a chunk that need not be stored again, or None.
+    """
+
+    def __init__(self, options: BuildOptions, find: Callable[[bytes], bytes | None] | None = None) -> None:
+        self._find = find
         self._codec = {"none": structs.RAW, "lz4": structs.LZ4, "zstd": structs.ZSTD}[options.codec]
         self._level = _DEFAULT_LEVEL[options.codec] if options.level is None else options.level
         # Who asks for a level wants its size; who does not wants what is fast to read.
@@ -83,7 +95,7 @@ class ChunkEncoder:
         self._chunk_size = options.chunk_size
         self._local = threading.local()
 
-    def encode(self, data: memoryview, width: int) -> EncodedChunk | None:
+    def encode(self, data: memoryview, width: int) -> EncodedChunk | SharedChunk | None:
         """Encode one chunk, or return None if it is all zeros.
 
         width: of the floating-point numbers that fill the chunk, 2, 4 or 8 bytes; 0 if none do.
@@ -92,6 +104,9 @@ class ChunkEncoder:
         if _native.bytes_are_zero(data):
             return None
         digest = hashlib.sha256(data).digest()
+        record = None if self._find is None else self._find(digest)
+        if record is not None:
+            return SharedChunk(record, digest)
         if self._codec != structs.RAW:
             way = self._choose(data, width) if width and self._planes is not False else _PLAIN
             stored = self._store(data, way)

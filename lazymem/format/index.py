@@ -21,6 +21,7 @@ from ..dtypes import dtype_from_json
 from ..errors import FormatError
 from ..views import View
 from . import structs
+from .layers import Base, parse_bases
 from .origin import Origin, check_extents, parse_origin
 from .sections import (
     Section,
@@ -41,7 +42,8 @@ Read = Callable[[int, int], bytes]
 class IndexSummary:
     """What `info` shows. Sizes in bytes; ratio is array bytes over stored chunk bytes.
 
-    arrays: visible ones, of which `views` have no bytes of their own.
+    arrays: visible ones, of which `views` have no bytes of their own. stored_bytes: in this file;
+    shared_chunks lie in the bases of a layer, and count in codecs and filters, too.
     """
 
     arrays: int
@@ -53,6 +55,7 @@ class IndexSummary:
     chunk_size: int
     chunks: int
     zero_chunks: int
+    shared_chunks: int
     stored_bytes: int
     codecs: Mapping[str, int]
     filters: Mapping[str, int]
@@ -82,6 +85,7 @@ class Place(NamedTuple):
 class SnapshotIndex:
     """Everything a reader knows of a snapshot before it reads a chunk. Immutable by convention.
 
+    sources: the bases of a layer, which records name from 1 on; empty for other files.
     runs, records, arrays, extents: the sections' own records (structs.RUN, CHUNK, ARRAY, EXTENT).
     names: of all arrays, hidden ones too, in the order of `arrays`. rows: visible name -> row.
     views: more visible names, and bases: the row of each view's array.
@@ -95,6 +99,7 @@ class SnapshotIndex:
     chunk_size: int
     digest: bytes
     features: tuple[str, ...]
+    sources: tuple[Base, ...]
     runs: NDArray[np.void]
     records: NDArray[np.void]
     arrays: NDArray[np.void]
@@ -177,7 +182,8 @@ class SnapshotIndex:
         hidden = (self.arrays["flags"] & structs.HIDDEN) != 0
         hidden[list(self.bases.values())] = False  # its bytes are shown
         array_bytes = int(self.arrays["nbytes"][~hidden].sum())
-        stored_bytes = int(self.records["stored_length"].sum(dtype=np.uint64))
+        is_own = self.records["source"] == 0
+        stored_bytes = int(self.records["stored_length"][is_own].sum(dtype=np.uint64))
         codecs = np.bincount(self.records["codec"], minlength=len(structs.CODEC_NAMES)).tolist()
         filters: dict[str, int] = {}
         for kind, name in structs.FILTER_NAMES.items():
@@ -194,6 +200,7 @@ class SnapshotIndex:
             chunk_size=self.chunk_size,
             chunks=self.chunk_count,
             zero_chunks=self.chunk_count - len(self.records),
+            shared_chunks=int((~is_own).sum()),
             stored_bytes=stored_bytes,
             codecs={name: codecs[code] for code, name in structs.CODEC_NAMES.items() if codecs[code]},
             filters=filters,
@@ -258,7 +265,7 @@ def parse_index(url: str, tail: bytes, read: Read, file_size: int) -> SnapshotIn
     tail: its last bytes, TAIL_READ of them or the whole file. read: fetches the rest, if the index
     does not fit into them. file_size: the true one. Raises `FormatError` or `UnsupportedFormat`.
     """
-    fields = _parse_tail(url, tail, read, file_size)
+    fields = parse_tail(url, tail, read, file_size)
     offset, length = fields["index_offset"], fields["index_length"]
     begin = offset - (file_size - len(tail))
     index = tail[begin : begin + length] if begin >= 0 else read(offset, length)
@@ -277,7 +284,8 @@ def parse_index(url: str, tail: bytes, read: Read, file_size: int) -> SnapshotIn
     return _Parser(url, fields, directory, load).parse(features)
 
 
-def _parse_tail(url: str, tail: bytes, read: Read, file_size: int) -> dict[str, Any]:
+def parse_tail(url: str, tail: bytes, read: Read, file_size: int) -> dict[str, Any]:
+    """The tail's fields, checked. Arguments and errors are those of `parse_index`."""
     size = structs.TAIL.size
     if file_size < structs.HEAD.size + size or len(tail) < size:
         raise damaged(url, "file_size", f"is {file_size} bytes, too few for a snapshot")
@@ -320,11 +328,12 @@ def _parse_features(url: str, incompatible: int, raw: bytes | None) -> tuple[str
     if not all(isinstance(name, str) for name in names):
         raise damaged(url, "section FEAT", "has a name that is not a string")
     unknown = incompatible & ~structs.KNOWN_INCOMPATIBLE
+    names = [name for name in names if name not in structs.FEATURE_BITS.values()]
     if unknown or names:
         bits = [structs.FEATURE_BITS.get(1 << i, f"bit {i}") for i in range(64) if unknown >> i & 1]
         shown = ", ".join(str(name)[:100] for name in names[:10]) or ", ".join(bits)
         raise unsupported(url, "incompatible", f"says that the file uses {shown}")
-    return tuple(names)
+    return tuple(name for bit, name in structs.FEATURE_BITS.items() if incompatible & bit)
 
 
 class _Parser:
@@ -370,13 +379,15 @@ class _Parser:
         check_runs(url, runs, len(records), chunk_count)
         stored_last = len(runs) and runs["first_record"][-1] != structs.ZERO_RUN
         tail_length = content_size - (chunk_count - 1) * chunk_size
-        check_records(url, records, chunk_size, tail_length if stored_last else chunk_size, chunks_end)
+        bases = parse_bases(url, self._json("SRCS", list) or [])
+        if bool(bases) != bool(tail["incompatible"] & structs.LAYERS):
+            raise damaged(url, "section SRCS", "and the feature bit `layers` do not agree")
+        ends = [chunks_end, *(base.size - structs.TAIL.size for base in bases)]
+        check_records(url, records, chunk_size, tail_length if stored_last else chunk_size, ends)
         digests = cold.get("CDIG")
         if digests is not None and digests.raw_length != len(records) * structs.DIGEST_SIZE:
             raise damaged(url, "section CDIG", f"is not {structs.DIGEST_SIZE} bytes for each record")
 
-        if self._json("SRCS", list):
-            raise unsupported(url, "section SRCS", "names other sources")
         arrays = self._table("ARRS", structs.ARRAY.dtype)
         shapes = self._table("SHAP", np.dtype("<u8"))
         name_bytes = self._table("NAME", np.dtype("u1")).tobytes()
@@ -401,6 +412,7 @@ class _Parser:
             chunk_size=chunk_size,
             digest=tail["digest"],
             features=features,
+            sources=bases,
             runs=runs,
             records=records,
             arrays=arrays,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the chunks of a snapshot from any blob, eagerly: for `verify`, `extract`, `cat`, `build`.
 
-Lazy memory does not come through here; the engine reads chunks in C. Owns nothing but the decoders:
-the blob stays the caller's.
+Lazy memory does not come through here; the engine reads chunks in C. Owns the decoders and
+the bases of a layer; the blob stays the caller's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from .. import _native
@@ -19,7 +19,9 @@ from ..store import locations
 from ..store.ahead import AheadBlob
 from ..store.base import Blob, Opener
 from . import structs
+from .bases import open_bases
 from .index import SnapshotIndex, is_snapshot, parse_index
+from .layers import resolve
 from .sections import decode_section
 
 #: Zeros are handed out in pieces of this size, all of them one object.
@@ -91,13 +93,23 @@ class Segment:
 
 
 class SnapshotReader:
-    """The content of a snapshot by chunk and by range. Threads may share it."""
+    """The content of a snapshot by chunk and by range. Threads may share it.
 
-    def __init__(self, blob: Blob) -> None:
+    opener: opens the bases of a layer, which `close` closes; without one only chunks that lie in `blob`
+    itself can be read. Raises as `load_index` and `open_bases`.
+    """
+
+    def __init__(self, blob: Blob, opener: Opener | None = None) -> None:
         self.blob = blob
         self.index = load_index(blob)
-        self._source: Blob = blob
+        self.bases = () if opener is None else open_bases(self.index, opener)
+        self._sources: tuple[Blob, ...] = (blob, *self.bases)
         self._local = threading.local()
+
+    def close(self) -> None:
+        """Close the bases; the blob stays the caller's. Idempotent."""
+        for base in self.bases:
+            base.close()
 
     def chunk_arrays(self, chunk: int) -> list[str]:
         """Names of the arrays with bytes in the chunk, in the order they lie, hidden ones too."""
@@ -109,31 +121,43 @@ class SnapshotReader:
     def ahead(self, ranges: Iterable[tuple[int, int]]) -> Iterator[None]:
         """Within the block one thread reads these content ranges (offset, length), in this order.
 
-        The chunks of a remote blob are then fetched several at a time, before they are asked for.
+        The chunks of a remote blob, and of its bases, are then fetched several at a time, before they are
+        asked for.
         """
         if self.blob.fileno() is not None:
             yield
             return
-        with AheadBlob(self.blob, self._stored_ranges(ranges)) as source:
-            self._source = source
+        plain, wanted = self._sources, list(ranges) if self.bases else ranges
+        with ExitStack() as stack:
+            self._sources = tuple(
+                stack.enter_context(AheadBlob(blob, self._stored_ranges(wanted, source)))
+                for source, blob in enumerate(plain)
+            )
             try:
                 yield
             finally:
-                self._source = self.blob
+                self._sources = plain
 
-    def _stored_ranges(self, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    def _stored_ranges(self, ranges: Iterable[tuple[int, int]], source: int) -> Iterator[tuple[int, int]]:
         index, last = self.index, None
         for offset, length in ranges:
             for segment in self.segments(offset, length):
                 record = None if segment.chunk in (None, last) else index.record_of(segment.chunk)
                 if record is not None:
                     last = segment.chunk
+                    if index.records["source"][record] != source:
+                        continue
                     yield int(index.records["offset"][record]), int(index.records["stored_length"][record])
 
     def read_stored(self, record: int) -> bytes:
         """The stored bytes of a record, unchecked. Raises `ReadError`."""
         row = self.index.records[record]
-        return self._source.read(int(row["offset"]), int(row["stored_length"]))
+        return self._sources[int(row["source"])].read(int(row["offset"]), int(row["stored_length"]))
+
+    def base_of(self, record: int) -> str | None:
+        """The URL of the base that holds the record's bytes; None: they lie in the file itself."""
+        source = int(self.index.records["source"][record])
+        return resolve(self.index.url, self.index.sources[source - 1]) if source else None
 
     def read_chunk(self, chunk: int) -> memoryview:
         """The chunk's bytes, checked and decoded; fewer than chunk_size only for the last chunk.
@@ -182,9 +206,10 @@ class SnapshotReader:
     def _corrupt(self, chunk: int, record: int, error: object) -> ChunkCorrupt:
         arrays = self.chunk_arrays(chunk)
         where = f", array {arrays[0]!r}" if arrays else ""
-        offset = int(self.index.records["offset"][record])
+        offset, base = int(self.index.records["offset"][record]), self.base_of(record)
+        file = "file offset" if base is None else f"offset in its base {base}:"
         return ChunkCorrupt(
-            f"{self.index.url}: chunk {chunk} (file offset {offset}{where}) is damaged: {error}; "
+            f"{self.index.url}: chunk {chunk} ({file} {offset}{where}) is damaged: {error}; "
             "copy the file again or build it anew",
             url=self.index.url,
             chunk=chunk,

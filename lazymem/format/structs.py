@@ -13,6 +13,8 @@ import numpy as np
 
 MAJOR: Final = 1
 MINOR: Final = 0
+#: The version of files that use layers; others stay what they were, to the byte.
+MINOR_LAYERS: Final = 1
 
 HEAD_MAGIC: Final = b"\x89LZM\r\n\x1a\n"
 TAIL_MAGIC: Final = b"LZMTAIL\n"
@@ -181,15 +183,17 @@ ZERO_RUN: Final = 0xFFFF_FFFF_FFFF_FFFF
 FORTRAN: Final = 1
 HIDDEN: Final = 2
 
-# Incompatible features: bit -> name. This version knows none of them.
-FEATURE_BITS: Final = {1: "layers"}
-KNOWN_INCOMPATIBLE: Final = 0
+# Incompatible features: bit -> name.
+LAYERS: Final = 1
+FEATURE_BITS: Final = {LAYERS: "layers"}
+KNOWN_INCOMPATIBLE: Final = LAYERS
 
 # Limits.
 MAX_CONTENT: Final = 1 << 46
 MAX_SECTIONS: Final = 64
 MAX_NAME: Final = 65_535
 MAX_NDIM: Final = 64
+MAX_BASES: Final = 16
 MAX_ELEMENTS_BYTES: Final = 1 << 62  # of an array's non-zero dimensions and item size multiplied
 SECTION_FREE_RAW: Final = 16 << 20
 SECTION_MAX_RATIO: Final = 1000

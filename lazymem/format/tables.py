@@ -7,6 +7,7 @@ each sum is preceded by the comparison that keeps it from wrapping.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -56,10 +57,13 @@ def check_runs(url: str, runs: NDArray[np.void], record_count: int, chunk_count:
         raise damaged(url, field, f"uses {used} records, where section CHNK has {record_count}")
 
 
-def check_records(url: str, records: NDArray[np.void], chunk_size: int, last_length: int, end: int) -> None:
-    """Each record decodes to a chunk of known size from bytes between the head and `end`.
+def check_records(
+    url: str, records: NDArray[np.void], chunk_size: int, last_length: int, ends: Sequence[int]
+) -> None:
+    """Each record decodes to a chunk of known size from bytes between the head and the end of its source.
 
-    last_length: uncompressed length of the chunk that the last record holds.
+    last_length: uncompressed length of the chunk that the last record holds. ends: of the stored chunks, in
+    this file and in each of its bases.
     """
     field = "section CHNK"
     if not len(records):
@@ -80,7 +84,8 @@ def check_records(url: str, records: NDArray[np.void], chunk_size: int, last_len
             raise damaged(url, f"{field} record {row}", f"{what} ({records[row].item()})")
 
     refuse(records["flags"] != 0, "has flags that no file may have")
-    refuse(records["source"] != 0, "names a source other than this file")
+    source = records["source"]
+    refuse(source >= len(ends), "names a source that section SRCS lacks")
     refuse((records["reserved0"] != 0) | (records["reserved1"] != 0), "has reserved bytes that are not zero")
     planes = kind != structs.FILTER_NONE
     refuse(planes & ~_IS_PLANE_WIDTH[records["width"]], "has an impossible plane width")
@@ -89,11 +94,13 @@ def check_records(url: str, records: NDArray[np.void], chunk_size: int, last_len
     raw = codec == structs.RAW
     refuse(raw & (stored != lengths), "is raw but not of its chunk's length")
     refuse(raw & planes, "is raw but has byte planes")
-    offset = records["offset"]
+    offset, end = records["offset"], np.array(ends, np.uint64)[source]
     refuse((offset < structs.HEAD.size) | (offset > end), "lies outside the file's chunks")
     # offset <= end < 2^63 and stored < 2^32, so the sum does not wrap.
     refuse(offset + stored > end, "reaches beyond the file's chunks")
-    _check_disjoint(url, field, offset, offset + stored)
+    for number in range(len(ends)):
+        rows = np.flatnonzero(source == number) if len(ends) > 1 else slice(None)
+        _check_disjoint(url, field, offset[rows], (offset + stored)[rows])
 
 
 def _check_disjoint(url: str, field: str, begin: NDArray[np.uint64], end: NDArray[np.uint64]) -> None:

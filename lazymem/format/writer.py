@@ -11,7 +11,7 @@ import struct
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, Final
 
 import numpy as np
@@ -23,9 +23,10 @@ from ..errors import BuildError
 from ..options import BuildOptions, cpu_count
 from ..views import View, problem_of
 from . import layout, structs
-from .encode import ChunkEncoder, EncodedChunk
+from .encode import ChunkEncoder, EncodedChunk, SharedChunk
 from .index import content_digest
 from .origin import Origin
+from .reuse import BaseChunks
 from .sections import encode_index, encode_json, encode_section
 from .views import views_to_json
 
@@ -34,13 +35,14 @@ _RUN: Final = struct.Struct("<QQQ")
 
 @dataclass(frozen=True, slots=True)
 class WriteResult:
-    """What was written. Sizes in bytes."""
+    """What was written. Sizes in bytes. shared_chunks: those of a base."""
 
     file_bytes: int
     content_bytes: int
     chunks: int
     zero_chunks: int
     raw_chunks: int
+    shared_chunks: int
     digest: bytes
 
 
@@ -54,17 +56,22 @@ class _Records:
         self.count = 0  # of chunks so far, zero ones too
         self.stored = 0
         self.raw = 0
+        self.shared = 0
         self._run: tuple[int, int, int] | None = None
 
     def add_zeros(self, count: int) -> None:
         self._extend(count, structs.ZERO_RUN)
 
-    def add(self, chunk: EncodedChunk, offset: int) -> None:
-        self.chunks += chunk.record(offset)
+    def add(self, chunk: EncodedChunk | SharedChunk, offset: int) -> None:
+        if isinstance(chunk, SharedChunk):
+            self.chunks += chunk.record
+            self.shared += 1
+        else:
+            self.chunks += chunk.record(offset)
+            self.raw += chunk.codec == structs.RAW
         self.digests += chunk.digest
         self._extend(1, self.stored)
         self.stored += 1
-        self.raw += chunk.codec == structs.RAW
 
     def _extend(self, count: int, first_record: int) -> None:
         run = self._run
@@ -92,19 +99,26 @@ class SnapshotWriter:
     Memory: with t threads at most 2 t + 2 chunks are in flight and one is being filled, each with
     at most its stored bytes beside it, and each thread has one chunk of scratch; so at most
     (5 t + 6) x chunk_size, plus 64 bytes a stored chunk and the names and shapes of the arrays.
+    base: makes the file a layer, which names chunks that the base has instead of storing them.
     Leaving the block stops the threads; it neither finishes nor closes the file.
     """
 
-    def __init__(self, file: BinaryIO, options: BuildOptions, *, created_by: str = "lazymem") -> None:
+    def __init__(
+        self, file: BinaryIO, options: BuildOptions, *, created_by: str = "lazymem",
+        base: BaseChunks | None = None,
+    ) -> None:  # fmt: skip
         self._file = file
+        self._base = base
         self._created_by = created_by
         self._chunk_size = options.chunk_size
-        self._encoder = ChunkEncoder(options)
+        self._encoder = ChunkEncoder(options, None if base is None else base.find)
         threads = options.threads or cpu_count()
         self._pool = ThreadPoolExecutor(threads, "lazymem-build")
         self._max_in_flight = 2 * threads + 2
         # Chunks on their way, in order: a count of zero chunks, or a future with its buffer.
-        self._pending: deque[int | tuple[Future[EncodedChunk | None], NDArray[np.uint8]]] = deque()
+        self._pending: deque[int | tuple[Future[EncodedChunk | SharedChunk | None], NDArray[np.uint8]]] = (
+            deque()
+        )
         self._in_flight = 0
         self._free: list[NDArray[np.uint8]] = []
         self._records = _Records()
@@ -127,7 +141,7 @@ class SnapshotWriter:
         self._dtype_numbers: dict[np.dtype[Any], int] = {}
         self._dtype_json: list[str | list[Any]] = []
 
-        self._put(_head(options.chunk_size))
+        self._put(_head(options.chunk_size, self._version))
         if options.codec == "none":
             self._put(bytes(structs.MAP_ALIGNMENT - self._written))
 
@@ -136,6 +150,16 @@ class SnapshotWriter:
 
     def __exit__(self, *exc: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def _version(self) -> dict[str, int]:
+        """Fields of head and tail: the lowest version that knows what the file uses."""
+        is_layer = self._base is not None
+        return {
+            "major": structs.MAJOR,
+            "minor": structs.MINOR_LAYERS if is_layer else structs.MINOR,
+            "incompatible": structs.LAYERS if is_layer else 0,
+        }
 
     @property
     def file_bytes(self) -> int:
@@ -310,7 +334,8 @@ class SnapshotWriter:
             self._records.add_zeros(1)
         else:
             self._records.add(chunk, self._written)
-            self._put(chunk.stored)
+            if isinstance(chunk, EncodedChunk):
+                self._put(chunk.stored)
         self._free.append(buffer)
 
     def _put(self, data: bytes | memoryview) -> None:
@@ -359,6 +384,11 @@ class SnapshotWriter:
         digest = content_digest(self._chunk_size, content_size, runs, records.digests, raw)
         raw["RUNS"] = bytes(records.runs)
         raw["CHNK"] = bytes(records.chunks)
+        if self._base is not None:
+            settled = np.frombuffer(records.chunks, structs.CHUNK.dtype).copy()
+            raw["SRCS"] = encode_json([asdict(base) for base in self._base.settle(settled)])
+            raw["CHNK"] = settled.tobytes()
+            raw["FEAT"] = encode_json([structs.FEATURE_BITS[structs.LAYERS]])
         raw["TOOL"] = encode_json({"created_by": self._created_by})
 
         # Digests do not compress.
@@ -369,7 +399,7 @@ class SnapshotWriter:
         hot = [encode_section(name, data) for name, data in raw.items()]
         index = encode_index(hot, {cold_offset: digests})
         self._put(index)
-        self._put(_tail(self._chunk_size, content_size, index_offset, index, digest))
+        self._put(_tail(self._chunk_size, content_size, index_offset, index, digest, self._version))
         self._file.flush()
         return WriteResult(
             file_bytes=self._written,
@@ -377,6 +407,7 @@ class SnapshotWriter:
             chunks=records.count,
             zero_chunks=records.count - records.stored,
             raw_chunks=records.raw,
+            shared_chunks=records.shared,
             digest=digest,
         )
 
@@ -420,22 +451,23 @@ def metadata_section(metadata: Mapping[str, Any], array_metadata: Mapping[str, M
         raise BuildError(f"the metadata cannot be written as JSON ({error}); use only JSON's types") from None
 
 
-def _head(chunk_size: int) -> bytes:
+def _head(chunk_size: int, version: Mapping[str, int]) -> bytes:
     body = structs.HEAD.pack(
         magic=structs.HEAD_MAGIC,
-        major=structs.MAJOR,
-        minor=structs.MINOR,
+        **version,
         head_size=structs.HEAD.size,
         chunk_size=chunk_size,
     )[:-8]
     return body + _native.checksum(body).to_bytes(8, "little")
 
 
-def _tail(chunk_size: int, content_size: int, index_offset: int, index: bytes, digest: bytes) -> bytes:
+def _tail(
+    chunk_size: int, content_size: int, index_offset: int, index: bytes, digest: bytes,
+    version: Mapping[str, int],
+) -> bytes:  # fmt: skip
     body = structs.TAIL.pack(
         magic=structs.TAIL_MAGIC,
-        major=structs.MAJOR,
-        minor=structs.MINOR,
+        **version,
         tail_size=structs.TAIL.size,
         index_offset=index_offset,
         index_length=len(index),

@@ -445,8 +445,8 @@ def test_parse_refuses_a_section_bomb_before_allocating(snapshot: bytes) -> None
 
 
 def test_parse_names_features_it_does_not_know(snapshot: bytes) -> None:
-    with pytest.raises(UnsupportedFormat, match="layers"):
-        parse(with_tail(snapshot, incompatible=1))
+    with pytest.raises(FormatError, match="SRCS and the feature bit `layers`"):
+        parse(with_tail(snapshot, incompatible=structs.LAYERS))
     with pytest.raises(UnsupportedFormat, match="bit 5"):
         parse(with_tail(snapshot, incompatible=32))
     with pytest.raises(UnsupportedFormat, match="moonlight"):
