@@ -22,12 +22,14 @@ from .._native import pager as native
 from ..catalog import Layout
 from ..errors import BackendUnavailable, OutOfMemory, PagerUnavailable, SnapshotChanged
 from ..fetcher.client import store_error
-from ..options import OpenOptions, pager_timeout
+from ..options import MIB, OpenOptions, pager_timeout
 from . import wire
 from .wire import Answer, Ask
 
 #: How long an answer may take: the pager may have to ask a store.
 _PATIENCE: Final = 120.0
+#: Bytes touched by one call into the core: the time until Ctrl-C is noticed.
+_PIECE: Final = 16 * MIB
 #: How long it may take to reach the pager: one that is being replaced is away for a moment.
 _MOMENT: Final = 2.0
 
@@ -239,7 +241,11 @@ class PagedRegion(NativeRegion):
         answer = wire.unpack_answer(packet)
         if answer.code < 0:
             raise NativeError(answer.code, answer.content // self.chunk_size, answer.text)
-        if not self.user_only:  # else the pages come when they are touched, one message a chunk
+        if self.user_only:  # the kernel's own touches would be refused
+            begin, end = first * self.chunk_size, min((first + count) * self.chunk_size, self.size)
+            for at in range(begin, end, _PIECE):
+                self.touch(at, min(_PIECE, end - at))
+        else:
             super().wait(first, count, first, 1 << 30)
         return True, first + count
 
