@@ -182,6 +182,12 @@ def a_pipe(pager: Pager) -> str:
         return sentence(ask(connection, Ask(wire.OPEN, payload=json.dumps({"url": path}).encode())))
 
 
+@case("populate of nobody")
+def populate_of_nobody(pager: Pager) -> str:
+    with pager.connect() as connection:
+        return sentence(ask(connection, Ask(wire.POPULATE, payload=b'{"space": 4000000000}')))
+
+
 @case("open twice")
 def open_twice(pager: Pager) -> str:
     with pager.opened() as connection:
@@ -448,7 +454,16 @@ def random_packets(pager: Pager) -> str:
                 for _ in range(draw.randrange(1, 12)):
                     asked = Ask(
                         draw.choice(
-                            [wire.HELLO, wire.OPEN, wire.MAP, wire.MAP, wire.MAP, wire.PREFETCH, wire.WHY]
+                            [
+                                wire.HELLO,
+                                wire.OPEN,
+                                wire.MAP,
+                                wire.MAP,
+                                wire.MAP,
+                                wire.PREFETCH,
+                                wire.WHY,
+                                wire.POPULATE,
+                            ]
                         ),
                         id=draw.getrandbits(64),
                         address=draw.choice([memory(), *edges]),
@@ -456,7 +471,7 @@ def random_packets(pager: Pager) -> str:
                         offset=draw.choice(edges),
                         page=draw.choice([0, 4096, HUGE, draw.getrandbits(32)]),
                         flags=draw.choice([0, draw.getrandbits(5), draw.getrandbits(32)]),
-                        payload=draw.choice([b"", url, draw.randbytes(draw.randrange(200))]),
+                        payload=draw.choice([b"", url, b'{"space": 1}', draw.randbytes(draw.randrange(200))]),
                     )
                     packet = bytearray(asked.pack())
                     if draw.random() < 0.2:

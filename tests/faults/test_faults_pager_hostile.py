@@ -71,6 +71,7 @@ SAYS = {
     "identities": "is another for the pager than for you",
     "identities of a kind": "identities is no list of strings",
     "a pipe": "is a named pipe, not a regular file",
+    "populate of nobody": "4000000000",
     "open twice": "a connection opens one snapshot",
     "far prefetch": "done",
     "address near the end": "MAP: no process has memory up to",
