@@ -506,6 +506,9 @@ static int take_fault_locked(struct space *space, const struct fault *fault, str
         wake(space, at, page);
         return 0;
     }
+    /* Settled since it was looked at, perhaps before anybody waited for it: then nobody tells, so look again. */
+    if (look_at_all(waiter.region, waiter.first, waiter.end) != LM_CHUNK_AWAY)
+        ask_again();
     return wish(wishes, &waiter) ? 0 : -ENOBUFS;
 }
 
