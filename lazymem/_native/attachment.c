@@ -102,7 +102,7 @@ static void poison(struct lm_attachment *attachment, uint64_t address, uint64_t 
 }
 
 /* Whoever unmaps memory waits until somebody has read of it; and what is missing later is lost, too. */
-static void read_and_poison(struct lm_attachment *attachment, bool poisons)
+static void read_and_poison(struct lm_attachment *attachment)
 {
     struct lm_uffd_message messages[LM_MESSAGES];
     size_t page = lm_sys_page_size();
@@ -110,7 +110,7 @@ static void read_and_poison(struct lm_attachment *attachment, bool poisons)
 
     while ((count = lm_sys_read(attachment->uffd, messages, sizeof messages)) >= (int)sizeof *messages)
         for (i = 0; i < count / (int)sizeof *messages; i++)
-            if (messages[i].event == LM_UFFD_EVENT_PAGEFAULT && poisons)
+            if (messages[i].event == LM_UFFD_EVENT_PAGEFAULT)
                 poison(attachment, messages[i].address & ~(uint64_t)(page - 1), page);
 }
 
@@ -125,7 +125,7 @@ static void lose(struct lm_attachment *attachment)
     lm_sys_write_patiently(STDERR_FILENO, line,
                            (size_t)length < sizeof line ? (size_t)length : sizeof line - 1);
     atomic_store(&attachment->lost, true);
-    read_and_poison(attachment, true);
+    read_and_poison(attachment);
     poison(attachment, attachment->address, attachment->length);
 }
 
@@ -154,7 +154,7 @@ static void *keep(void *argument)
             if (error == 0)
                 break;
             if (atomic_load(&attachment->leaving)) /* nobody touches it any more */
-                read_and_poison(attachment, true);
+                read_and_poison(attachment);
             else if (lm_sys_now_ns() > until)
                 break;
             lm_sys_pause(LM_RETRY_US);
@@ -163,7 +163,7 @@ static void *keep(void *argument)
             lose(attachment);
             while (!atomic_load(&attachment->ending)) {
                 lm_sys_await_input(attachment->uffd, LM_LOOK_MS);
-                read_and_poison(attachment, true);
+                read_and_poison(attachment);
             }
         }
     }

@@ -137,6 +137,14 @@ class Client:
                 os.close(device)
             raise
 
+    def ask_more(self, patience: float) -> socket.socket:
+        """A connection of its own, for questions of the snapshot that is open. Raises as `attach`."""
+        connection, device, _, memfd = self._begin(patience)
+        for fd in (device, memfd):
+            if fd is not None:
+                os.close(fd)
+        return connection
+
     def raise_if_failed(self, answer: Answer) -> None:
         if answer.code == 0:
             return
@@ -199,11 +207,7 @@ class PagedRegion(NativeRegion):
     def prefetch(self, spans: Sequence[tuple[int, int]], *, urgent: bool) -> int:
         """Have the pager bring them. What is waited for is asked for by `wait`."""
         if not urgent and spans:
-            connection, device, _, memfd = self._client._begin(_MOMENT)
-            with closing(connection):
-                for fd in (device, memfd):
-                    if fd is not None:
-                        os.close(fd)
+            with closing(self._client.ask_more(_MOMENT)) as connection:
                 for first, count in spans:
                     ask(connection, self._client.path, self._question(first, count, 0))
         return len(spans)
@@ -219,10 +223,7 @@ class PagedRegion(NativeRegion):
             return True, first
         if self._asked is None or self._asked[0] != (first, count):
             self._forget()
-            connection, device, _, memfd = self._client._begin(self._client._timeout)
-            for fd in (device, memfd):
-                if fd is not None:
-                    os.close(fd)
+            connection = self._client.ask_more(self._client._timeout)
             self._asked = (first, count), connection
             wire.send(connection, self._question(first, count, native.WAIT).pack())
         connection = self._asked[1]
