@@ -45,6 +45,7 @@ struct space {
     pthread_mutex_t lock;
     bool armed; /* all of it is known: its faults may be read */
     bool left, gone;
+    bool disbelieved; /* memory that nothing is known of may be registered: it is not to lose its userfaultfd */
     struct lm_space_table table;
     struct fault *faults; /* read, and not looked at yet */
     size_t fault_count, fault_capacity;
@@ -176,6 +177,26 @@ static int make_space(int fd, uint32_t parent, struct space **ret_space)
     pthread_mutex_unlock(&pager.lock);
     *ret_space = space;
     return 0;
+}
+
+/* All of them, or those that want to be looked at, each with one user more; the caller frees the list. NULL: there
+ * is no memory for it. */
+static struct space **list_spaces(bool all, size_t *ret_count)
+{
+    struct space **listed, *space;
+    size_t count = 0;
+
+    pthread_mutex_lock(&pager.lock);
+    listed = malloc((pager.space_count + 1) * sizeof *listed);
+    for (space = pager.spaces; space != NULL && listed != NULL; space = space->next) {
+        if (!all && !atomic_load(&space->dirty))
+            continue;
+        space->users++;
+        listed[count++] = space;
+    }
+    pthread_mutex_unlock(&pager.lock);
+    *ret_count = count;
+    return listed;
 }
 
 static void ask_again(void)
@@ -328,6 +349,7 @@ static void keep_fault_locked(struct space *space, uint64_t address)
  * signal rather than show what may not be there. */
 static void disbelieve_locked(struct space *space)
 {
+    space->disbelieved = true;
     lm_space_clear(&space->table);
 }
 
@@ -343,6 +365,7 @@ static int adopt_child_locked(struct space *parent, int fd)
     if (error < 0)
         return error;
     child->follows = parent->follows;
+    child->disbelieved = parent->disbelieved;
     child->left = true; /* it has no connection */
     child->armed = true;
     if (lm_space_copy(&child->table, &parent->table) < 0)
@@ -376,6 +399,7 @@ static void note_locked(struct space *space, const struct lm_uffd_message *messa
     default:
         break;
     }
+    space->disbelieved |= confused;
     if (error < 0)
         disbelieve_locked(space);
 }
@@ -670,25 +694,17 @@ void lm_pager_settled(struct lm_region *region, uint64_t chunk, bool locked)
 /* Serve the spaces that want it; `all`: and look which have ended, since processes end without a word. */
 static void look_at_spaces(bool all)
 {
-    struct space **listed, *space;
-    size_t count = 0, i;
+    size_t count, i;
+    struct space **listed = list_spaces(all, &count);
 
-    pthread_mutex_lock(&pager.lock);
-    listed = malloc((pager.space_count + 1) * sizeof *listed);
-    for (space = pager.spaces; space != NULL && listed != NULL; space = space->next) {
-        if (!all && !atomic_load(&space->dirty))
-            continue;
-        space->users++;
-        listed[count++] = space;
-    }
-    pthread_mutex_unlock(&pager.lock);
     for (i = 0; i < count; i++) {
+        struct space *space = listed[i];
         bool over = false;
 
-        space = listed[i];
         serve(space);
         if (all && pthread_mutex_trylock(&space->lock) == 0) {
-            over = lm_uffd_is_over(space->fd) || (space->left && space->table.count == 0);
+            over = lm_uffd_is_over(space->fd) ||
+                   (space->left && space->table.count == 0 && !space->disbelieved);
             space->gone |= over;
             unlock(space);
         }
@@ -971,6 +987,7 @@ int lm_pager_resume_space(uint32_t id, uint32_t parent, uint32_t features, int l
     space->parent = parent;
     space->follows = (features & LM_PAGER_FOLLOWS_FORK) != 0;
     space->left = left;
+    space->disbelieved = space->table.count == 0; /* or it would not have been handed over */
     unlock(space);
     error = arm(space);
     /* Not only what is mapped: whoever read the messages before has perhaps not answered all of them. */
@@ -1183,18 +1200,13 @@ int lm_region_descriptor(lm_region *region)
 
 uint32_t lm_pager_users(lm_region *region)
 {
-    struct space **all, *space;
-    size_t count = 0, i, j;
+    size_t count, i, j;
+    struct space **all = list_spaces(true, &count);
     uint32_t users = 0;
 
     pthread_mutex_lock(&pager.lock);
-    all = malloc((pager.space_count + 1) * sizeof *all);
     for (i = 0; i < pager.waiter_count; i++)
         users += pager.waiters[i].region == region;
-    for (space = pager.spaces; space != NULL && all != NULL; space = space->next) {
-        space->users++;
-        all[count++] = space;
-    }
     pthread_mutex_unlock(&pager.lock);
     if (all == NULL)
         return 1;
