@@ -151,6 +151,7 @@ static void test_signals_nest(void)
     pthread_t thread;
 
     CHECK(sigaction(SIGUSR1, &more, NULL) == 0);
+    waiting = 0; /* the answerer may not yet have said that it has answered the one before */
     waiting_wanted = 2;
     CHECK(pthread_create(&thread, NULL, touch, PAGE(1300)) == 0);
     while (waiting == 0)
