@@ -108,6 +108,7 @@ static void read_and_poison(struct lm_attachment *attachment)
     size_t page = lm_sys_page_size();
     int count, i;
 
+    (void)lm_sys_mark(attachment->uffd, LM_MARK_CLIENTS); /* no pager knows what we read */
     while ((count = lm_sys_read(attachment->uffd, messages, sizeof messages)) >= (int)sizeof *messages)
         for (i = 0; i < count / (int)sizeof *messages; i++)
             if (messages[i].event == LM_UFFD_EVENT_PAGEFAULT)

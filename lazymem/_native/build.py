@@ -20,6 +20,7 @@ SOURCES = (
     "sys_pager.c",
     "uffd.c",
     "space.c",
+    "ledger.c",
     "codec.c",
     "planes.c",
     "cast.c",
@@ -43,7 +44,7 @@ SOURCES = (
     "pager.c",
     "attachment.c",
 )
-HEADERS = ("lazymem.h", "pager_protocol.h", "pager.h", "attachment.h")  # of what Python calls
+HEADERS = ("lazymem.h", "pager_protocol.h", "pager.h", "ledger.h", "attachment.h")  # of what Python calls
 # setuptools brings Python's own flags, -DNDEBUG among them; nothing here depends on assert().
 FLAGS = ("-std=gnu11", "-O2", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wshadow")
 # cffi's generated wrapper is not ours to keep clean of these.

@@ -10,6 +10,7 @@
 #include <sys/epoll.h>
 
 #include "engine.h"
+#include "ledger.h"
 #include "pager_protocol.h"
 #include "space.h"
 #include "sys.h"
@@ -17,7 +18,7 @@
 
 #define LM_PAGER_THREADS 64
 #define LM_BELL UINT32_MAX /* epoll tag; others are numbers of spaces */
-#define LM_MESSAGES 64
+#define LM_MESSAGES LM_LEDGER_BATCH
 #define LM_IDLE_MS 1000 /* how often it is looked for processes that are gone */
 #define LM_AGAIN_MS 2   /* and for what has to be tried again, if there is something */
 #define LM_ROUNDS 64    /* of reading events and trying again, before another space's turn comes */
@@ -47,6 +48,8 @@ struct space {
     bool left, gone;
     bool disbelieved; /* memory that nothing is known of may be registered: it is not to lose its userfaultfd */
     struct lm_space_table table;
+    struct lm_ledger ledger; /* what the table comes of, for the next pager */
+    bool stale;              /* no longer: begin another one before events are read again */
     struct fault *faults; /* read, and not looked at yet */
     size_t fault_count, fault_capacity;
     uint64_t fault_total, served, failed;
@@ -116,6 +119,7 @@ static void leave(struct space *space)
     pthread_mutex_unlock(&pager.lock);
     if (!last)
         return;
+    lm_ledger_end(&space->ledger); /* before the number can be somebody else's */
     lm_sys_close(space->fd);
     lm_space_clear(&space->table);
     free(space->faults);
@@ -345,11 +349,30 @@ static void keep_fault_locked(struct space *space, uint64_t address)
     space->fault_total++;
 }
 
+static uint32_t features_locked(const struct space *space)
+{
+    return (space->follows ? LM_PAGER_FOLLOWS_FORK : 0) | (space->left ? LM_SPACE_LEFT : 0) |
+           (space->disbelieved ? LM_SPACE_DISBELIEVED : 0);
+}
+
+/* Begin a ledger, as the space has changed otherwise than by events. Without memory for one the next pager does not
+ * find the space, and who waits when this one dies waits on. */
+static void record_locked(struct space *space)
+{
+    struct lm_ledger_facts facts = {
+        .space = space->id, .parent = space->parent, .features = features_locked(space), .uffd = space->fd
+    };
+
+    (void)lm_sys_mark(space->fd, space->left ? LM_MARK_KEPT : LM_MARK_CLIENTS);
+    space->stale = space->armed && lm_ledger_begin(&space->ledger, &facts, &space->table) < 0;
+}
+
 /* What its owner did cannot be recorded: nothing of the space is believed any more, and what is missing raises a
  * signal rather than show what may not be there. */
 static void disbelieve_locked(struct space *space)
 {
     space->disbelieved = true;
+    space->stale = true;
     lm_space_clear(&space->table);
 }
 
@@ -359,8 +382,6 @@ static int adopt_child_locked(struct space *parent, int fd)
     int error;
 
     fd = lm_sys_above_standard(fd);
-    if (fd >= 0)
-        (void)lm_sys_mark(fd); /* for the twin */
     error = fd < 0 ? fd : make_space(fd, parent->id, &child);
     if (error < 0)
         return error;
@@ -370,6 +391,7 @@ static int adopt_child_locked(struct space *parent, int fd)
     child->armed = true;
     if (lm_space_copy(&child->table, &parent->table) < 0)
         disbelieve_locked(child);
+    record_locked(child);
     unlock(child);
     error = watch(child);
     if (error < 0)
@@ -381,44 +403,60 @@ static int adopt_child_locked(struct space *parent, int fd)
 static void note_locked(struct space *space, const struct lm_uffd_message *message)
 {
     bool confused = false;
-    int error = 0;
 
-    switch (message->event) {
-    case LM_UFFD_EVENT_FORK:
+    if (message->event == LM_UFFD_EVENT_FORK)
         (void)adopt_child_locked(space, (int)message->child);
-        break;
-    case LM_UFFD_EVENT_REMAP:
-        error = lm_space_move(&space->table, message->from, message->to, message->length, &confused);
-        break;
-    case LM_UFFD_EVENT_REMOVE:
-        error = lm_space_remove(&space->table, message->start, message->end);
-        break;
-    case LM_UFFD_EVENT_UNMAP:
-        error = lm_space_unmap(&space->table, message->start, message->end);
-        break;
-    default:
-        break;
-    }
-    space->disbelieved |= confused;
-    if (error < 0)
+    else if (lm_ledger_note(&space->table, message, &confused) < 0)
         disbelieve_locked(space);
+    space->disbelieved |= confused;
+}
+
+/* Where messages are to be read to. NULL: there is no memory for a ledger. */
+static struct lm_uffd_message *room_locked(struct space *space)
+{
+    struct lm_uffd_message *room = space->stale ? NULL : lm_ledger_room(&space->ledger);
+
+    if (room == NULL) {
+        record_locked(space);
+        room = lm_ledger_room(&space->ledger);
+    }
+    return room;
+}
+
+static bool have_event(const struct lm_uffd_message *messages, int count)
+{
+    int i;
+
+    for (i = 0; i < count && messages[i].event == LM_UFFD_EVENT_PAGEFAULT; i++)
+        ;
+    return i < count;
 }
 
 /* Read all that the kernel has to say, and record it. */
 static void drain_locked(struct space *space)
 {
-    struct lm_uffd_message messages[LM_MESSAGES];
+    struct lm_uffd_message spare[LM_MESSAGES];
     int count, i;
 
     do {
-        count = lm_sys_read(space->fd, messages, sizeof messages);
+        struct lm_uffd_message *room = room_locked(space), *messages = room == NULL ? spare : room;
+        bool counts;
+
+        count = lm_sys_read(space->fd, messages, sizeof spare);
         count = count < 0 ? 0 : count / (int)sizeof *messages;
+        counts = room != NULL && have_event(messages, count);
+        if (counts)
+            lm_ledger_count(&space->ledger, count);
         for (i = 0; i < count; i++) {
             if (messages[i].event == LM_UFFD_EVENT_PAGEFAULT)
                 keep_fault_locked(space, messages[i].address);
             else
                 note_locked(space, &messages[i]);
+            if (counts)
+                lm_ledger_apply(&space->ledger);
         }
+        if (room != NULL && !counts)
+            lm_ledger_discard(&space->ledger, count);
     } while (count > 0);
 }
 
@@ -861,6 +899,8 @@ int lm_pager_open_space(int uffd, int agree, uint32_t *ret_space, uint32_t *ret_
         return -EBADF;
     if (agree) {
         error = lm_uffd_agree(uffd, LM_NEEDED, LM_WANTED, &features);
+        if (error == 0)
+            error = lm_sys_mark(uffd, LM_MARK_CLIENTS); /* another pager's mark would tell its twin what to do */
         if (error < 0)
             return error;
     }
@@ -886,6 +926,8 @@ static int arm(struct space *space)
     pthread_mutex_lock(&space->lock);
     armed = space->armed;
     space->armed = true;
+    if (!armed)
+        record_locked(space);
     unlock(space);
     return armed ? 0 : watch(space);
 }
@@ -959,12 +1001,14 @@ int lm_pager_map(uint32_t id, uint64_t address, uint64_t length, lm_region *regi
         return -ESRCH;
     pthread_mutex_lock(&space->lock);
     error = lm_space_add(&space->table, &piece);
+    space->stale = true;
     unlock(space);
     if (error == 0 && !(flags & LM_PAGER_ADOPT)) {
         error = register_memory(space, address, length, page, (flags & LM_PAGER_SHARED) != 0);
         if (error < 0) {
             pthread_mutex_lock(&space->lock);
             (void)lm_space_unmap(&space->table, address, address + length);
+            space->stale = true;
             unlock(space);
         }
     }
@@ -976,7 +1020,7 @@ int lm_pager_map(uint32_t id, uint64_t address, uint64_t length, lm_region *regi
     return error;
 }
 
-int lm_pager_resume_space(uint32_t id, uint32_t parent, uint32_t features, int left)
+int lm_pager_resume_space(uint32_t id, uint32_t parent, uint32_t features)
 {
     struct space *space = use(id);
     int error;
@@ -986,8 +1030,8 @@ int lm_pager_resume_space(uint32_t id, uint32_t parent, uint32_t features, int l
     pthread_mutex_lock(&space->lock);
     space->parent = parent;
     space->follows = (features & LM_PAGER_FOLLOWS_FORK) != 0;
-    space->left = left;
-    space->disbelieved = space->table.count == 0; /* or it would not have been handed over */
+    space->left = (features & LM_SPACE_LEFT) != 0;
+    space->disbelieved = (features & LM_SPACE_DISBELIEVED) != 0;
     unlock(space);
     error = arm(space);
     /* Not only what is mapped: whoever read the messages before has perhaps not answered all of them. */
@@ -1090,8 +1134,34 @@ void lm_pager_leave_space(uint32_t id)
         return;
     pthread_mutex_lock(&space->lock);
     space->left = true;
+    record_locked(space);
     unlock(space);
     leave(space);
+}
+
+int lm_pager_claim_space(int uffd, uint32_t *ret_space)
+{
+    struct lm_sys_file file;
+    int error = lm_sys_identify(uffd, &file);
+    size_t count, i;
+    struct space **all = error < 0 ? NULL : list_spaces(true, &count);
+
+    if (all == NULL)
+        return error < 0 ? error : -ENOMEM;
+    error = -ESRCH;
+    for (i = 0; i < count; i++) {
+        pthread_mutex_lock(&all[i]->lock);
+        if (error == -ESRCH && !all[i]->gone && lm_sys_is_same(all[i]->fd, &file)) {
+            error = all[i]->left ? 0 : -EBUSY;
+            all[i]->left = false;
+            *ret_space = all[i]->id;
+            record_locked(all[i]);
+        }
+        unlock(all[i]);
+        leave(all[i]);
+    }
+    free(all);
+    return error;
 }
 
 void lm_pager_close_space(uint32_t id)
@@ -1114,8 +1184,7 @@ static void report(struct space *space, lm_space_report *out)
     pthread_mutex_lock(&space->lock);
     *out = (lm_space_report){ .space = space->id,
                               .parent = space->parent,
-                              .features = space->follows ? LM_PAGER_FOLLOWS_FORK : 0,
-                              .left = space->left,
+                              .features = features_locked(space),
                               .pieces = space->table.count,
                               .faults = space->fault_total,
                               .served = space->served,
@@ -1160,18 +1229,8 @@ int64_t lm_pager_parts(uint32_t id, lm_space_part *out, uint64_t capacity)
     if (space == NULL)
         return -ESRCH;
     pthread_mutex_lock(&space->lock);
-    for (; count < space->table.count && count < capacity; count++) {
-        const struct lm_space_piece *piece = &space->table.pieces[count];
-
-        out[count] = (lm_space_part){ .address = piece->at,
-                                      .length = piece->length,
-                                      .offset = piece->offset,
-                                      .region = piece->region->serial,
-                                      .page = piece->page,
-                                      .flags = (piece->show == LM_SHOW_SHARED ? LM_PAGER_SHARED : 0) |
-                                               (piece->show == LM_SHOW_ZERO ? LM_PAGER_IS_ZERO : 0) |
-                                               (piece->forgets ? LM_PAGER_REMOVED_ZERO : 0) };
-    }
+    for (; count < space->table.count && count < capacity; count++)
+        out[count] = lm_ledger_part(&space->table.pieces[count], space->table.pieces[count].region->serial);
     count = space->table.count;
     unlock(space);
     leave(space);
@@ -1222,18 +1281,4 @@ uint32_t lm_pager_users(lm_region *region)
     }
     free(all);
     return users;
-}
-
-/* ---- the twin ---- */
-
-/* The userfaultfds of children: nobody else has them, while clients keep their own. Clients hear that the pager is
- * dead when its sockets are closed. */
-static bool is_wanted(int fd)
-{
-    return lm_sys_is_marked(fd) && !lm_uffd_is_over(fd);
-}
-
-int lm_pager_start_twin(void)
-{
-    return lm_sys_start_twin(is_wanted);
 }

@@ -38,10 +38,16 @@ int lm_pager_open_space(int uffd, int agree, uint32_t *ret_space, uint32_t *ret_
  * _MORE; or LM_PAGER_IS_ZERO, which only comes of a handover. Nothing is served before the first without _MORE;
  * then who waits already is. */
 #define LM_PAGER_IS_ZERO 0x100
+/* Of a space, beside LM_PAGER_FOLLOWS_FORK: */
+#define LM_SPACE_LEFT 0x100        /* it has no connection, or no more */
+#define LM_SPACE_DISBELIEVED 0x200 /* there may be memory of it that nothing is known of */
 int lm_pager_map(uint32_t space, uint64_t address, uint64_t length, lm_region *region, uint64_t offset,
                  uint32_t page, uint32_t flags);
-/* A space that another pager had: all of its memory is mapped, with _MORE. features, left: as in lm_space_report. */
-int lm_pager_resume_space(uint32_t space, uint32_t parent, uint32_t features, int left);
+/* A space that another pager had: all of its memory is mapped, with _MORE. features: as in lm_space_report. */
+int lm_pager_resume_space(uint32_t space, uint32_t parent, uint32_t features);
+/* The space of a userfaultfd that a client without a connection comes with again: from now on it has one. -ESRCH:
+ * there is none; -EBUSY: it has a connection. */
+int lm_pager_claim_space(int uffd, uint32_t *ret_space);
 /* Put in place what the space shows of [address, address + length) and is decoded already: whole chunks. No thread
  * of its process need run. The bytes of the range that are in place then, which is all but those of chunks that are
  * away or failed; or -ESRCH, or -EAGAIN: its process keeps changing its memory, or there is no memory. */
@@ -56,8 +62,7 @@ void lm_pager_close_space(uint32_t space);
 
 typedef struct {
     uint32_t space, parent; /* parent: of a child of a fork; 0: none */
-    uint32_t features;      /* LM_PAGER_FOLLOWS_FORK */
-    uint32_t left;          /* its connection has ended */
+    uint32_t features;      /* LM_PAGER_FOLLOWS_FORK, LM_SPACE_* */
     uint64_t mapped;        /* bytes that show something */
     uint64_t pieces;
     uint64_t faults;
@@ -83,10 +88,6 @@ uint64_t lm_region_serial(lm_region *region);
 int lm_region_descriptor(lm_region *region);
 /* Spaces that show something of the region. Where there are none it may be closed. */
 uint32_t lm_pager_users(lm_region *region);
-
-/* A process that keeps all descriptors of this one open: if this one dies, however that is, no page of a
- * child of a client's reads as zeros; its touches wait. It ends when all those processes have. */
-int lm_pager_start_twin(void);
 
 /* CFFI-END */
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ IS_ZERO: Final[int] = lib.LM_PAGER_IS_ZERO
 MORE: Final[int] = lib.LM_PAGER_MORE
 WAIT: Final[int] = lib.LM_PAGER_WAIT
 FOLLOWS_FORK: Final[int] = lib.LM_PAGER_FOLLOWS_FORK
+LEFT: Final[int] = lib.LM_SPACE_LEFT
 
 _SPACES_MOST: Final = 65536
 _PARTS_MOST: Final = 1_000_000
@@ -38,12 +40,14 @@ _PARTS_MOST: Final = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class SpaceReport:
-    """What the pager knows of one address space. Bytes; latency: as `memory.Stats.latency`."""
+    """What the pager knows of one address space. Bytes; latency: as `memory.Stats.latency`.
+
+    features: FOLLOWS_FORK, LEFT and others, for `resume_space`.
+    """
 
     space: int
     parent: int
-    follows_fork: bool
-    left: bool
+    features: int
     mapped: int
     pieces: int
     faults: int
@@ -97,9 +101,22 @@ def map_memory(
     _check(lib.lm_pager_map(space, address, length, region.handle, offset, page, flags))
 
 
-def resume_space(space: int, parent: int, *, follows_fork: bool, left: bool) -> None:
+def resume_space(space: int, parent: int, features: int) -> None:
     """A space that another pager had, all of whose memory is mapped (with `MORE`): serve it."""
-    _check(lib.lm_pager_resume_space(space, parent, FOLLOWS_FORK if follows_fork else 0, left))
+    _check(lib.lm_pager_resume_space(space, parent, features))
+
+
+def claim_space(uffd: int) -> int | None:
+    """The space that has this userfaultfd, whose client had lost its connection; None: there is none.
+
+    Raises `NativeError` (EBUSY) for one that has its connection.
+    """
+    space = ffi.new("uint32_t *")
+    code = lib.lm_pager_claim_space(uffd, space)
+    if code == -errno.ESRCH:
+        return None
+    _check(code)
+    return int(space[0])
 
 
 def populate(space: int, address: int, length: int) -> int:
@@ -130,8 +147,8 @@ def spaces() -> list[SpaceReport]:
     there = min(lib.lm_pager_spaces(out, count), count)
     return [
         SpaceReport(
-            one.space, one.parent, bool(one.features & FOLLOWS_FORK), bool(one.left), one.mapped, one.pieces,
-            one.faults, one.served, one.waiting, one.failed, tuple(one.latency),
+            one.space, one.parent, one.features, one.mapped, one.pieces, one.faults, one.served, one.waiting,
+            one.failed, tuple(one.latency),
         )
         for one in out[0:there]
         if one.space
@@ -142,9 +159,12 @@ def parts(space: int) -> list[Part]:
     """What of a space shows what; empty if there is no such space any more."""
     count = min(max(lib.lm_pager_parts(space, ffi.NULL, 0), 0) + 64, _PARTS_MOST)
     out = ffi.new("lm_space_part[]", count)
-    there = min(max(lib.lm_pager_parts(space, out, count), 0), count)
+    return _parts(out, min(max(lib.lm_pager_parts(space, out, count), 0), count))
+
+
+def _parts(out: Any, count: int) -> list[Part]:
     return [
-        Part(one.address, one.length, one.offset, one.region, one.page, one.flags) for one in out[0:there]
+        Part(one.address, one.length, one.offset, one.region, one.page, one.flags) for one in out[0:count]
     ]
 
 
@@ -166,6 +186,47 @@ def serial(region: NativeRegion) -> int:
 def memory_descriptor(region: NativeRegion) -> int:
     """A descriptor, for reading, of the memory of a region with backend "stock"."""
     return _check(lib.lm_region_descriptor(region.handle))
+
+
+# ---- what outlives a pager ----
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What a pager that died knew of one address space (ledger.h). uffd: the number it had there; of several
+    with one number that with the highest generation counts. is_child: it may have a ledger of its own."""
+
+    space: int
+    parent: int
+    features: int
+    uffd: int
+    generation: int
+    is_child: bool
+    parts: list[Part]
+
+
+def read_ledger(data: bytes) -> list[Ledger]:
+    """The space of a ledger, and the children that it tells of. Raises `NativeError` for what is none."""
+    found: list[Ledger] = []
+    out = ffi.new("lm_ledger_report *")
+    while True:
+        count = lib.lm_ledger_read(ffi.from_buffer(data), len(data), len(found), out, ffi.NULL, 0)
+        if count == -errno.ENOENT:
+            return found
+        parts = ffi.new("lm_space_part[]", max(_check(count), 1))
+        lib.lm_ledger_read(ffi.from_buffer(data), len(data), len(found), out, parts, count)
+        one = out[0]
+        found.append(
+            Ledger(
+                one.space, one.parent, one.features, one.uffd, one.generation, bool(found),
+                _parts(parts, count),
+            )
+        )  # fmt: skip
+
+
+def bequeath(fd: int) -> None:
+    """Have the twin keep an open file, should this process die."""
+    _check(lib.lm_pager_bequeath(fd))
 
 
 # ---- clients ----

@@ -135,9 +135,13 @@ int lm_sys_unblock(int fd);      /* reading it returns at once from now on */
  * it, whoever gets a descriptor. */
 int lm_sys_publish_memory(void *address, size_t length);
 int lm_sys_open_for_reading(int fd);
-/* A mark that goes with the open file: what the kernel keeps of F_SETSIG, which is of no use for anything else. */
-int lm_sys_mark(int fd);
-bool lm_sys_is_marked(int fd);
+/* Have memory for all of a file in memory. */
+int lm_sys_provide(int fd, size_t length);
+/* A mark that goes with the open file, whoever has it: what the kernel keeps of F_SETSIG, which is of no use for
+ * anything else. */
+enum lm_mark { LM_MARK_NONE, LM_MARK_KEPT, LM_MARK_CLIENTS };
+int lm_sys_mark(int fd, enum lm_mark mark);
+enum lm_mark lm_sys_mark_of(int fd);
 /* Packets to whoever listens at a path. Answers are waited for that long. */
 int lm_sys_connect(const char *path, int patience_ms);
 /* One packet, with a descriptor if it is not -1, and the packet that answers: its length, 0 at the end. */
@@ -147,8 +151,10 @@ bool lm_sys_has_hung_up(int fd, int timeout_ms);
 void lm_sys_await_input(int fd, int timeout_ms);
 void lm_sys_pause(int us);
 /* A process that shares this one's table of descriptors, so that none is closed when this one dies. Then it
- * closes all but those that `keeps` says yes to, asks again every second, and ends when none is left. No handler
- * of fork runs, so there must be no thread yet that may hold a lock. Returns its id. */
-int lm_sys_start_twin(bool (*keeps)(int));
+ * closes those that are worth nothing, asks again every second, and ends when none is worth waiting for. If a
+ * socket that listens is among them, whoever connects to it is given all others. No handler of fork runs, so there
+ * must be no thread yet that may hold a lock. Returns its id. */
+enum lm_worth { LM_WORTH_NOTHING, LM_WORTH_KEEPING, LM_WORTH_WAITING };
+int lm_sys_start_twin(enum lm_worth (*worth_of)(int));
 
 #endif

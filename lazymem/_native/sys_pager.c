@@ -46,14 +46,23 @@ int lm_sys_publish_memory(void *address, size_t length)
     return error;
 }
 
-int lm_sys_mark(int fd)
+int lm_sys_provide(int fd, size_t length)
 {
-    return fcntl(fd, F_SETSIG, SIGURG) < 0 ? -errno : 0;
+    return fallocate(fd, 0, 0, (off_t)length) < 0 ? -errno : 0;
 }
 
-bool lm_sys_is_marked(int fd)
+static const int signals[] = { [LM_MARK_NONE] = 0, [LM_MARK_KEPT] = SIGURG, [LM_MARK_CLIENTS] = SIGIO };
+
+int lm_sys_mark(int fd, enum lm_mark mark)
 {
-    return fcntl(fd, F_GETSIG) == SIGURG;
+    return fcntl(fd, F_SETSIG, signals[mark]) < 0 ? -errno : 0;
+}
+
+enum lm_mark lm_sys_mark_of(int fd)
+{
+    int number = fcntl(fd, F_GETSIG);
+
+    return number == SIGURG ? LM_MARK_KEPT : number == SIGIO ? LM_MARK_CLIENTS : LM_MARK_NONE;
 }
 
 int lm_sys_open_for_reading(int fd)
@@ -86,12 +95,12 @@ int lm_sys_connect(const char *path, int patience_ms)
     return error;
 }
 
-int lm_sys_exchange(int fd, const void *question, size_t length, int descriptor, void *answer, size_t room)
+/* descriptor: goes along, or -1. */
+static int send_packet(int fd, const void *packet, size_t length, int descriptor)
 {
     union { struct cmsghdr align; char bytes[CMSG_SPACE(sizeof(int))]; } control;
-    struct iovec part = { .iov_base = (void *)(uintptr_t)question, .iov_len = length };
+    struct iovec part = { .iov_base = (void *)(uintptr_t)packet, .iov_len = length };
     struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
-    ssize_t got;
 
     memset(&control, 0, sizeof control);
     if (descriptor >= 0) {
@@ -105,8 +114,16 @@ int lm_sys_exchange(int fd, const void *question, size_t length, int descriptor,
         header->cmsg_len = CMSG_LEN(sizeof(int));
         memcpy(CMSG_DATA(header), &descriptor, sizeof descriptor);
     }
-    if (sendmsg(fd, &message, MSG_NOSIGNAL) < 0)
-        return -errno;
+    return sendmsg(fd, &message, MSG_NOSIGNAL) < 0 ? -errno : 0;
+}
+
+int lm_sys_exchange(int fd, const void *question, size_t length, int descriptor, void *answer, size_t room)
+{
+    int error = send_packet(fd, question, length, descriptor);
+    ssize_t got;
+
+    if (error < 0)
+        return error;
     got = recv(fd, answer, room, 0); /* a descriptor that comes along is not taken */
     return got < 0 ? -errno : (int)got;
 }
@@ -135,31 +152,86 @@ void lm_sys_pause(int us)
 
 /* ---- a process that shares this one's descriptors ---- */
 
-/* Close all but those that `keeps` says yes to. How many those are. */
-static int close_others(bool (*keeps)(int))
+/* Call for each descriptor but those of standard input and output, and `but`, until it is false. Whether it never was. */
+static bool for_each_descriptor(int but, bool (*call)(int, void *), void *context)
 {
     DIR *folder = opendir("/proc/self/fd");
     struct dirent *entry;
-    int kept = 0;
+    bool going = true;
 
     if (folder == NULL)
-        return 1;
-    while ((entry = readdir(folder)) != NULL) {
+        return false;
+    while (going && (entry = readdir(folder)) != NULL) {
         int fd = atoi(entry->d_name);
 
-        if (entry->d_name[0] == '.' || fd == dirfd(folder))
-            continue;
-        if (keeps(fd))
-            kept++;
-        else
-            (void)close(fd);
+        if (entry->d_name[0] != '.' && fd != dirfd(folder) && fd != but)
+            going = call(fd, context);
     }
     closedir(folder);
-    return kept;
+    return going;
 }
 
-int lm_sys_start_twin(bool (*keeps)(int))
+struct sorted { enum lm_worth (*worth_of)(int); int waiting, listener; };
+
+static bool sort_out(int fd, void *context)
 {
+    struct sorted *sorted = context;
+    enum lm_worth worth = sorted->worth_of(fd);
+    int listens = 0;
+    socklen_t size = sizeof listens;
+
+    if (worth == LM_WORTH_NOTHING) {
+        (void)close(fd);
+        return true;
+    }
+    sorted->waiting += worth == LM_WORTH_WAITING;
+    if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size) == 0 && listens)
+        sorted->listener = fd;
+    return true;
+}
+
+struct given { enum lm_worth (*worth_of)(int); int connection, listener; };
+
+/* A descriptor, with the number that it had. */
+static bool give(int fd, void *context)
+{
+    const struct given *given = context;
+
+    return fd == given->listener || given->worth_of(fd) == LM_WORTH_NOTHING ||
+           send_packet(given->connection, &fd, sizeof fd, fd) == 0;
+}
+
+/* All descriptors to this user or root, then -1. The numbers that come back are closed here; -1 ends that. */
+static void give_all(int listener, enum lm_worth (*worth_of)(int))
+{
+    struct given given = { .listener = listener, .worth_of = worth_of };
+    int connection = accept4(listener, NULL, NULL, SOCK_CLOEXEC), number = -1;
+    struct ucred peer = { 0 };
+    socklen_t size = sizeof peer;
+
+    if (connection < 0)
+        return;
+    given.connection = connection;
+    if (getsockopt(connection, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && (peer.uid == 0 || peer.uid == geteuid()) &&
+        for_each_descriptor(connection, give, &given) && send_packet(connection, &number, sizeof number, -1) == 0)
+        while (recv(connection, &number, sizeof number, 0) == (ssize_t)sizeof number && number >= 0)
+            if (number != connection && number != listener)
+                (void)close(number);
+    (void)close(connection);
+}
+
+static void remove_path_of(int listener)
+{
+    struct sockaddr_un address = { .sun_family = AF_UNSPEC };
+    socklen_t size = sizeof address - 1;
+
+    if (getsockname(listener, (struct sockaddr *)&address, &size) == 0 && address.sun_family == AF_UNIX)
+        (void)unlink(address.sun_path);
+}
+
+int lm_sys_start_twin(enum lm_worth (*worth_of)(int))
+{
+    struct sorted sorted = { .worth_of = worth_of, .waiting = 1 };
     int self = (int)syscall(SYS_pidfd_open, getpid(), 0);
     long pid;
 
@@ -171,7 +243,19 @@ int lm_sys_start_twin(bool (*keeps)(int))
     (void)setsid();
     while (poll_one(self, POLLIN, -1) == 0)
         ;
-    while (close_others(keeps) > 0)
-        (void)sleep(1);
+    for (;;) {
+        sorted.waiting = 0;
+        sorted.listener = -1;
+        if (!for_each_descriptor(-1, sort_out, &sorted))
+            sorted.waiting = 1; /* there is no memory to look, or no descriptor */
+        if (sorted.waiting == 0)
+            break;
+        if (sorted.listener < 0)
+            (void)sleep(1);
+        else if (poll_one(sorted.listener, POLLIN, 1000) & POLLIN)
+            give_all(sorted.listener, worth_of);
+    }
+    if (sorted.listener >= 0)
+        remove_path_of(sorted.listener);
     _exit(0);
 }

@@ -161,6 +161,7 @@ def _map(session: Session, stock: Stock, regions: Sequence[Region], uffd: int) -
     except BaseException:
         native.close_space(space)
         raise
+    native.leave_space(space)  # it never looks at the socket again: its memory is for pagers to look after
     session.space = space
 
 

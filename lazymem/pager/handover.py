@@ -34,13 +34,14 @@ from ..errors import AccessDenied, LazymemError, PagerUnavailable
 from ..paging import wire
 from ..paging.wire import Answer, Ask
 from .access import Peer
+from .files import in_memory
+from .mapping import restore_space
 from .server import Server, Session
-from .status import in_memory
 from .stock import Stock, Wanted
 
 logger = logging.getLogger("lazymem")
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 #: Seconds that the old pager, whose clients wait meanwhile, gives the new one for a step once it has stopped.
 _PATIENCE: Final = 30.0
 #: And for opening the snapshots, while it still serves.
@@ -123,9 +124,8 @@ def _everything(
             for one in native.parts(report.space)
         ]
         spaces.append(
-            {"space": report.space, "parent": report.parent, "follows_fork": report.follows_fork,
-             "left": report.left, "parts": parts}
-        )  # fmt: skip
+            {"space": report.space, "parent": report.parent, "features": report.features, "parts": parts}
+        )
     there = {one["space"] for one in spaces}
     described = []
     for one in sessions:
@@ -148,6 +148,7 @@ def _describe(session: Session, there: set[int], order: Mapping[int, int]) -> di
         "snapshot": None if session.stock is None else order[id(session.stock)],
         "space": session.space if session.space in there else None,
         "maps": session.maps,
+        "claimed": session.claimed,
         "since": session.since,
         "asked": None if asked is None else base64.b64encode(asked.pack()).decode("ascii"),
     }
@@ -193,7 +194,7 @@ def _take(server: Server, connection: socket.socket, stack: ExitStack) -> None:
     def open_all(wanted: list[dict[str, Any]]) -> list[Stock]:
         found = []
         for one in wanted:
-            stock = server.stocks.get(Wanted(**{**one, "identities": tuple(one["identities"])}))
+            stock = server.stocks.get(Wanted.told(one))
             stack.callback(server.stocks.leave, stock)  # who goes on using it counts for itself
             found.append(stock)
         return found
@@ -218,10 +219,7 @@ def _take(server: Server, connection: socket.socket, stack: ExitStack) -> None:
     server.other_listeners = others
     for space in everything["spaces"]:
         with suppress(NativeError):  # its process has ended meanwhile
-            native.resume_space(
-                renamed[space["space"]], renamed.get(space["parent"], 0),
-                follows_fork=space["follows_fork"], left=space["left"],
-            )  # fmt: skip
+            native.resume_space(renamed[space["space"]], renamed.get(space["parent"], 0), space["features"])
     for session in sessions:
         if session.stock is not None:
             server.stocks.use(session.stock)
@@ -231,24 +229,15 @@ def _take(server: Server, connection: socket.socket, stack: ExitStack) -> None:
 def _take_space(connection: socket.socket, stocks: list[Stock], space: Mapping[str, Any]) -> int:
     uffd = _receive(connection)
     try:
-        number, _ = native.open_space(uffd, agree=False)
+        return restore_space(
+            uffd,
+            [
+                (at, length, offset, stocks[stock].open(), page, flags)
+                for at, length, offset, stock, page, flags in space["parts"]
+            ],
+        )
     finally:
         os.close(uffd)
-    try:
-        for address, length, offset, stock, page, flags in space["parts"]:
-            native.map_memory(
-                number,
-                address,
-                length,
-                stocks[stock].open(),
-                offset,
-                page,
-                flags | native.ADOPT | native.MORE,
-            )
-    except BaseException:
-        native.close_space(number)
-        raise
-    return number
 
 
 def _take_session(
@@ -267,6 +256,7 @@ def _take_session(
         stock=None if told["snapshot"] is None else stocks[told["snapshot"]],
         space=None if told["space"] is None else renamed[told["space"]],
         maps=told["maps"],
+        claimed=told["claimed"],
         since=told["since"],
         asked=None if asked is None else _renumbered(wire.unpack_ask(base64.b64decode(asked)), renamed),
     )

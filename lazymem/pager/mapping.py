@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 from typing import Final
 
 from .._native import NativeError, NativeRegion
@@ -40,6 +41,21 @@ def map_memory(space: int, ask: Ask, memory: NativeRegion) -> None:
         native.map_memory(space, ask.address, ask.length, memory, ask.offset, page, ask.flags & _FLAGS)
     except NativeError as error:
         raise NativeError(error.code, said=f"MAP: {_why(error, ask, page)}") from None
+
+
+def restore_space(uffd: int, parts: Iterable[tuple[int, int, int, NativeRegion, int, int]]) -> int:
+    """A space that another pager had, not resumed yet. parts: what it showed (address, length, offset,
+    memory, page, flags). Raises `NativeError`."""
+    space, _ = native.open_space(uffd, agree=False)
+    try:
+        for address, length, offset, memory, page, flags in parts:
+            native.map_memory(
+                space, address, length, memory, offset, page, flags | native.ADOPT | native.MORE
+            )
+    except BaseException:
+        native.close_space(space)
+        raise
+    return space
 
 
 def _wrong_with(ask: Ask, page: int, size: int) -> str:

@@ -26,10 +26,11 @@ from ..errors import OF_CODE, AccessDenied, LazymemError, OutOfMemory, PagerUnav
 from ..paging import wire
 from ..paging.wire import Answer, Ask
 from .access import Access, Peer
+from .files import in_memory
 from .listening import listen_at
 from .mapping import map_memory, open_space
 from .populating import populate
-from .status import in_memory, status_of
+from .status import status_of
 from .stock import Stock, Stocks, Wanted
 
 logger = logging.getLogger("lazymem")
@@ -60,6 +61,8 @@ class Session:
     space: int | None = None
     maps: int = 0
     since: float = field(default_factory=time.time)
+    #: Its space was served before it came.
+    claimed: bool = False
     #: What it asked and has no answer to yet. Under the server's lock, like the next three.
     asked: Ask | None = None
     #: There was no room for it; it is told so.
@@ -419,10 +422,15 @@ class Server:
         session.maps += 1
         if session.maps > _MAPS_MOST:
             raise wire.BadPacket(f"a connection maps at most {_MAPS_MOST} ranges")
-        if descriptor is not None:
+        if descriptor is not None and ask.flags & native.ADOPT:
+            session.space = native.claim_space(descriptor)
+            session.claimed = session.space is not None
+        if session.space is None:
+            assert descriptor is not None
             session.space = open_space(descriptor, adopted=bool(ask.flags & native.ADOPT))
-        assert session.space is not None
-        map_memory(session.space, ask, session.stock.open())
+        # Of a claimed space more is known than its client can say.
+        if not (session.claimed and ask.flags & native.ADOPT):
+            map_memory(session.space, ask, session.stock.open())
         return Answer(ask.id), None
 
     def _stock_of(self, session: Session) -> Stock:

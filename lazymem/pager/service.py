@@ -7,12 +7,13 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from .._native import pager as native
 from ..store import locations
 from .access import Access
+from .estate import bequeath, take_estates
 from .firecracker import Firecracker
 from .handover import take
 from .server import Limits, Server
@@ -61,7 +62,9 @@ def serve(settings: Settings, ready: Callable[[Server, bool], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: server.stop())
     native.start(server.core_threads)
-    try:
+    with ExitStack() as at_end:
+        at_end.callback(native.stop)
+        at_end.callback(server.leave)
         for location in settings.snapshots:  # a wrong one is an error now, and none is ever closed
             server.stocks.get(Wanted(_absolute(location)))
         machines = None
@@ -70,14 +73,13 @@ def serve(settings: Settings, ready: Callable[[Server, bool], None]) -> None:
         taken = settings.take_over and take(server)
         if not taken:
             server.listen()
+        take_estates(server)
+        at_end.callback(bequeath(server.path))
         if machines is not None:
             machines.listen()
             machines.start()
         ready(server, taken)
         server.serve()
-    finally:
-        server.leave()
-        native.stop()
 
 
 def _absolute(location: str) -> str:

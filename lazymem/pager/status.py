@@ -30,20 +30,6 @@ def status_of(path: str, sessions: Mapping[int, Session], stocks: list[Stock]) -
     }
 
 
-def in_memory(data: bytes) -> int:
-    """A memfd that holds `data`, at its beginning."""
-    fd = os.memfd_create("lazymem-status", os.MFD_CLOEXEC)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.lseek(fd, 0, os.SEEK_SET)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
 def _describe_stock(stock: Stock) -> dict[str, Any]:
     memory = stock.open()
     stats = memory.stats()
@@ -65,7 +51,8 @@ def _describe_space(one: native.SpaceReport, session: Session | None) -> dict[st
         client = {"pid": session.peer.pid, "uid": session.peer.uid, "protocol": session.protocol,
                   "since": session.since, "url": session.stock.url if session.stock else None}  # fmt: skip
     return {
-        "space": one.space, "parent": one.parent or None, "client": client, "follows_fork": one.follows_fork,
+        "space": one.space, "parent": one.parent or None, "client": client,
+        "follows_fork": bool(one.features & native.FOLLOWS_FORK),
         "mapped": one.mapped, "pieces": one.pieces, "served": one.served, "faults": one.faults,
         "waiting": one.waiting, "failed": one.failed, "latency": list(one.latency),
     }  # fmt: skip

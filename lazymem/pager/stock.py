@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from .._native import NativeError, NativeRegion
@@ -19,6 +20,7 @@ from ..region import open_stock
 from ..snapshot import load
 from ..store import locations
 from ..store.base import Blob
+from .files import in_memory
 
 _WAIT_MS: Final = 50
 _URL_MOST: Final = 4096
@@ -57,6 +59,11 @@ class Wanted:
             )
         return cls(location, form, chunk, options, tuple(identities))
 
+    @classmethod
+    def told(cls, told: Mapping[str, Any]) -> Wanted:
+        """What another pager was asked for, from what `asdict` gave there. Raises `TypeError`, `KeyError`."""
+        return cls(**{**told, "identities": tuple(told["identities"])})
+
 
 class Stock:
     """One open snapshot. users: connections that may still map it; counted by `Stocks`."""
@@ -75,12 +82,16 @@ class Stock:
             wanted, identities=self.identities
         )  # by which another pager finds the very same
         self.memory: NativeRegion | None = None
+        self._word: int | None = None
         self._options = options
 
     def open(self) -> NativeRegion:
         """Its memory. Raises as `region.open_stock`."""
         if self.memory is None:
             self.memory = open_stock(self.url, self.catalog, self.blobs, self._options)
+            told = {"serial": native.serial(self.memory), "wanted": asdict(self.wanted)}
+            self._word = in_memory(json.dumps(told).encode())  # for another pager, should this one die
+            native.bequeath(self._word)
         return self.memory
 
     @property
@@ -131,6 +142,8 @@ class Stock:
     def close(self) -> None:
         if self.memory is not None:
             self.memory.close()
+        if self._word is not None:
+            os.close(self._word)
         self._closing.close()
 
 

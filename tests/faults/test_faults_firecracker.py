@@ -31,6 +31,7 @@ from lazymem.paging import client as paging_client
 
 from .. import pagers
 from ..once import made_once
+from .network import wait_until
 from .pager_host import PagerHost, hear_the_end
 
 if TYPE_CHECKING:
@@ -125,6 +126,30 @@ def test_restored_machine_sees_its_memory(
 ) -> None:
     """By every version's handshake: page_size, page_size_kib in bytes and in KiB, neither."""
     check_restored(restore(client, at(pager, "chunks-64k"), guest, kind, fields), pager)
+
+
+@pytest.mark.parametrize("kind", ["private", "shared"])
+def test_restored_machine_outlives_its_pagers(
+    client: Path, guest: Path, snapshots: dict[str, object], tmp_path: Path, kind: str
+) -> None:
+    """It never looks at the socket again, and knows nothing of other pagers."""
+    options = ("--protocol", "firecracker", "--snapshot", snapshots["chunks-64k"])
+    control = str(tmp_path / "s.control")
+    pager = pagers.Pager(tmp_path / "s", *options)
+    machine = subprocess.Popen(
+        [client, pager.path, guest, kind, "both", "60000", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        for _ in range(3):
+            wait_until(lambda: paging_client.status(control)["faults"] > 20 or machine.poll() is not None)
+            pager.kill()
+            pager = pagers.Pager(tmp_path / "s", *options)
+        out, err = machine.communicate(timeout=60)
+        assert (machine.returncode, out) == (0, "ok\n"), err
+    finally:
+        machine.kill()
+        pager.kill()
 
 
 @pytest.mark.parametrize("name", ["raw", "chunks-2m", "chunks-8m"])

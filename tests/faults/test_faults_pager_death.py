@@ -122,33 +122,83 @@ def test_closing_does_not_wait_for_a_pager(tmp_path: Path, files: tuple[Path, Pa
     assert (client.returncode, out) == (0, "closed\n"), err
 
 
-def test_children_wait_for_ever_rather_than_read_zeros(tmp_path: Path, files: tuple[Path, Path]) -> None:
-    """Nobody but the pager has a child's userfaultfd, and no pager can find it again: its twin keeps it."""
+def test_children_wait_for_the_next_pager(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    """Nobody but the pager has a child's userfaultfd: its twin keeps it, and gives it to the next one. Its
+    parent has ended by then, and one pager has come that could not read the snapshot."""
+    if os.geteuid() != 0:
+        pytest.skip("EVENT_FORK is for the privileged")
+    snapshot = files[0].rename(tmp_path / "data.lzm")
     code = """
-        pid = os.fork()
-        if pid == 0:
+        if os.fork() == 0:
             sys.stdin.readline()
-            print("reads", flush=True)
-            print("has read", array[500 * 4096], flush=True)
+            print(f"reads {os.getpid()}", flush=True)
+            print("has read", same(500), same(0), all(map(same, range(1024))), flush=True)
             os._exit(0)
-        print(pid, flush=True)
-        os.waitpid(pid, 0)
+        os._exit(0)
     """
-    with pagers.running(tmp_path / "socket") as pager:
-        if os.geteuid() != 0:
-            pytest.skip("EVENT_FORK is for the privileged")
-        client = start(pager, files, code)
-        child = int(pagers.line_of(client))
-        wait_until(lambda: len(pager.status()["spaces"]) == 2)
+    pager = pagers.Pager(tmp_path / "socket")
+    client = start(pager, (snapshot, files[1]), code)
+    try:
+        wait_until(lambda: [one["parent"] is not None for one in pager.status()["spaces"]] == [True])
         pager.kill()
         assert client.stdin is not None
         client.stdin.write("\n")
         client.stdin.flush()
-        assert pagers.line_of(client) == "reads"
+        child = pagers.line_of(client).split()[1]
         wait_until(lambda: "handle_userfault" in Path(f"/proc/{child}/wchan").read_text())
-        os.kill(child, signal.SIGKILL)
+        snapshot.rename(files[0])
+        pager = pagers.Pager(tmp_path / "socket")
+        assert pager.status()["spaces"] == []
+        assert "data.lzm: there is no such file" in pager.end()[1]
+        files[0].rename(snapshot)
+        pager = pagers.Pager(tmp_path / "socket")
         out, err = client.communicate(timeout=60)
-    assert out == "", err
+        assert out == "has read True True True\n", err
+        wait_until(lambda: not pager.status()["spaces"])
+        assert pager.end() == (0, "")
+        wait_until(lambda: sorted(one.name for one in tmp_path.iterdir()) == ["data.lzm"])
+    finally:
+        client.kill()
+        pager.kill()
+        snapshot.rename(files[0])
+
+
+def serves_both(pager: pagers.Pager) -> bool:
+    return len(pager.status()["spaces"]) == 2
+
+
+def test_children_of_a_client_that_is_there_wait_as_well(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    """Client and child come to the next pager in different ways, and to the one after that."""
+    if os.geteuid() != 0:
+        pytest.skip("EVENT_FORK is for the privileged")
+    code = """
+        pid = os.fork()
+        for block in range(4):
+            if pid: sys.stdin.readline(); os.write(write, b"x")
+            else: os.read(read, 1)
+            pages = range(block * 256, block * 256 + 256)
+            if not all(map(same, pages if pid else reversed(pages))): os._exit(1)
+            if pid == 0: os.write(back, b"x")
+            else: os.read(forth, 1); print("block", flush=True)
+        if pid == 0: os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    """
+    pager = pagers.Pager(tmp_path / "socket")
+    client = start(pager, files, "read, write = os.pipe(); forth, back = os.pipe()" + textwrap.dedent(code))
+    try:
+        assert client.stdin is not None
+        for _ in range(4):
+            wait_until(partial(serves_both, pager))
+            pager.kill()
+            client.stdin.write("\n")
+            client.stdin.flush()
+            pager = pagers.Pager(tmp_path / "socket")
+            assert pagers.line_of(client) == "block"
+        _, err = client.communicate(timeout=60)
+        assert client.returncode == 0, err
+    finally:
+        client.kill()
+        pager.kill()
 
 
 def test_clients_killed_at_any_moment_leave_nothing(tmp_path: Path, files: tuple[Path, Path]) -> None:

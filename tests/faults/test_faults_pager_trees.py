@@ -6,8 +6,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -23,6 +27,7 @@ from .network import wait_until
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="EVENT_FORK is for the privileged")
 #: Of 4096 bytes; some of zeros, so that chunks are elided.
 PAGES = 2048
+KILLS = int(os.environ.get("LAZYMEM_TEST_KILLS", "6"))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def test_every_page_is_right_whatever_a_tree_does(
 ) -> None:
     raw, snapshot = guest
     done = subprocess.run(
-        [client, pager.path, snapshot, raw, str(seed), "1200", how, "2" if seed % 2 == 0 else "0"],
+        [client, pager.path, snapshot, raw, str(seed), "1200", how, "2" if seed % 2 == 0 else "0", "stay"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -72,7 +77,7 @@ def test_trees_at_once_share_a_pager(pager: pagers.Pager, client: Path, guest: t
     raw, snapshot = guest
     running = [
         subprocess.Popen(
-            [client, pager.path, snapshot, raw, str(20 + number), "800", how, "1"],
+            [client, pager.path, snapshot, raw, str(20 + number), "800", how, "1", "stay"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for number, how in enumerate(("shared", "copy", "zero", "shared"))
@@ -81,6 +86,39 @@ def test_trees_at_once_share_a_pager(pager: pagers.Pager, client: Path, guest: t
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert "pages were right" in out
+
+
+@pytest.mark.parametrize(("how", "seed"), [("shared", 31), ("copy", 32), ("zero", 33)])
+def test_every_page_is_right_while_pagers_are_killed(
+    tmp_path: Path, client: Path, guest: tuple[Path, Path], how: str, seed: int
+) -> None:
+    """The tree has no part in it: each pager takes over what the one before has left."""
+    raw, snapshot = guest
+    random = Random(seed)
+    with ExitStack() as stack:
+        pager = pagers.Pager(tmp_path / "socket")
+        tree = subprocess.Popen(
+            [client, pager.path, snapshot, raw, str(seed), str(KILLS * 200), how, "2", "leave"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        stack.callback(tree.kill)
+        kills = 0
+        while tree.poll() is None and kills < KILLS:
+            wait_until(partial(is_served, pager, tree))
+            time.sleep(random.random() / 20)
+            pager.kill()
+            kills += 1
+            pager = pagers.Pager(tmp_path / "socket")
+        stack.callback(pager.kill)
+        out, err = tree.communicate(timeout=60)
+        assert tree.returncode == 0, err
+        assert out.endswith("pages were right\n")
+        assert kills > 1
+        wait_until(lambda: not pager.status()["spaces"])
+
+
+def is_served(pager: pagers.Pager, tree: subprocess.Popen[str]) -> bool:
+    return tree.poll() is not None or bool(pager.status()["spaces"])
 
 
 def test_nothing_is_left_of_trees_that_ended(pager: pagers.Pager) -> None:

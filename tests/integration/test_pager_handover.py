@@ -215,7 +215,7 @@ def give_up_at(socket: Path, step: str) -> None:
     """A new pager that dies once it has what comes after `step`."""
     with Raw(socket) as taker:
         for one in ("look", "give"):
-            taker.send(Ask(wire.TAKE_OVER, payload=json.dumps({"step": one, "version": 1}).encode()))
+            taker.send(Ask(wire.TAKE_OVER, payload=json.dumps({"step": one, "version": 2}).encode()))
             answer, memory = taker.receive()
             assert answer.code == 0
             assert memory is not None

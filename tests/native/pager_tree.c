@@ -4,9 +4,10 @@
  * calls, moves, unmaps, gives back and writes pages by a random schedule, children too, and compares every page
  * that it reads with what it must be.
  *
- * usage: pager_tree SOCKET URL RAW SEED STEPS how THREADS
+ * usage: pager_tree SOCKET URL RAW SEED STEPS how THREADS end
  *   how: shared (private mapping of the pager's memfd), copy (anonymous, removed pages come again), zero
  *   (anonymous, removed pages read as zeros)
+ *   end: leave (the connection is closed at once, the memory goes on being served), stay
  * Exit status 0: every byte was right. Otherwise a line says what was wrong.
  */
 #define _GNU_SOURCE
@@ -326,7 +327,7 @@ int main(int argc, char **argv)
     struct stat file;
     int fd;
 
-    if (argc != 8)
+    if (argc != 9)
         return 2;
     state = strtoull(argv[4], NULL, 10) * 2654435761u + 1;
     threads = strtoul(argv[7], NULL, 10);
@@ -337,6 +338,8 @@ int main(int argc, char **argv)
     raw = mmap(NULL, (size_t)file.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     raw_pages = (size_t)file.st_size / PAGE;
     memory = attach(argv[1], argv[2], argv[6], &length);
+    if (strcmp(argv[8], "leave") == 0) /* it is left to pagers, to the next ones, too */
+        close(connection);
     pages = length / PAGE;
     own = pages - pages / 4; /* the last quarter is the threads' */
     segments[0] = (struct segment){ memory, own, malloc(own * sizeof(struct page)) };

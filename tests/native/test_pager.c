@@ -19,9 +19,11 @@
 
 #include "engine.h"
 #include "harness.h"
+#include "ledger.h"
 #include "pager.h"
 #include "pager_protocol.h"
 #include "space.h"
+#include "uffd.h"
 
 #define CHUNK   65536u
 #define CHUNKS  24u
@@ -101,6 +103,140 @@ static void test_a_space_follows_a_model(void)
         }
     }
     lm_space_clear(&table);
+}
+
+/* ---- the ledger: what the next pager makes of it, wherever this one was killed ---- */
+
+static struct lm_uffd_message event(int kind, uint64_t a, uint64_t b, uint64_t c)
+{
+    struct lm_uffd_message message = { .event = (uint8_t)kind };
+
+    message.from = a, message.to = b, message.length = c; /* the others' fields lie there, too */
+    return message;
+}
+
+/* What is in the file now, read as a process that has nothing but the file would. */
+static int64_t read_back(const struct lm_ledger *ledger, uint32_t child, lm_ledger_report *out, lm_space_part parts[4])
+{
+    off_t size = lseek(ledger->fd, 0, SEEK_END);
+    void *bytes = malloc((size_t)size);
+    int64_t count;
+
+    CHECK(pread(ledger->fd, bytes, (size_t)size, 0) == size);
+    count = lm_ledger_read(bytes, (uint64_t)size, child, out, parts, 4);
+    free(bytes);
+    return count;
+}
+
+static void test_a_ledger_tells_all_that_was_taken_from_the_kernel(void)
+{
+    static struct lm_region region = { .serial = 77 };
+    struct lm_space_piece piece = { .at = 0x100000, .length = 0x10000, .offset = 0x3000, .region = &region, .page = PAGE,
+                                    .show = LM_SHOW_COPY, .forgets = true };
+    struct lm_ledger_facts facts = { .space = 5, .parent = 2, .features = LM_SPACE_LEFT, .uffd = 9 };
+    struct lm_space_table table = { 0 };
+    struct lm_ledger ledger = { 0 };
+    struct lm_uffd_message *room;
+    lm_ledger_report told;
+    lm_space_part parts[4];
+    int i;
+
+    CHECK(lm_ledger_room(&ledger) == NULL); /* there is none */
+    CHECK(lm_space_add(&table, &piece) == 0);
+    CHECK(lm_ledger_begin(&ledger, &facts, &table) == 0);
+    CHECK(read_back(&ledger, 0, &told, parts) == 1);
+    CHECK(told.space == 5 && told.parent == 2 && told.features == LM_SPACE_LEFT && told.uffd == 9);
+    CHECK(parts[0].address == 0x100000 && parts[0].length == 0x10000 && parts[0].offset == 0x3000);
+    CHECK(parts[0].region == 77 && parts[0].page == PAGE && parts[0].flags == LM_PAGER_REMOVED_ZERO);
+    CHECK(read_back(&ledger, 1, &told, parts) == -ENOENT);
+
+    /* Killed between the kernel's telling and the first look at it: a move, a child, a fault, an unmap. */
+    room = lm_ledger_room(&ledger);
+    room[0] = event(LM_UFFD_EVENT_REMAP, 0x100000, 0x900000, 0x4000);
+    room[1] = (struct lm_uffd_message){ .event = LM_UFFD_EVENT_FORK, .child = 33 };
+    room[2] = event(LM_UFFD_EVENT_PAGEFAULT, 0, 0x900000, 0);
+    room[3] = event(LM_UFFD_EVENT_UNMAP, 0x100000, 0x110000, 0);
+    CHECK(read_back(&ledger, 0, &told, parts) == 1);
+    CHECK(parts[0].address == 0x900000 && parts[0].length == 0x4000 && parts[0].offset == 0x3000);
+    CHECK(read_back(&ledger, 1, &told, parts) == 2); /* before the unmap */
+    CHECK(told.uffd == 33 && told.parent == 5 && told.features == LM_SPACE_LEFT);
+    CHECK(parts[0].address == 0x104000 && parts[0].offset == 0x7000 && parts[1].address == 0x900000);
+    CHECK(read_back(&ledger, 2, &told, parts) == -ENOENT);
+
+    /* Killed while they were being recorded: the child is not made twice. */
+    lm_ledger_count(&ledger, 4);
+    lm_ledger_apply(&ledger);
+    CHECK(read_back(&ledger, 1, &told, parts) == 2);
+    lm_ledger_apply(&ledger);
+    CHECK(read_back(&ledger, 1, &told, parts) == -ENOENT);
+    CHECK(read_back(&ledger, 0, &told, parts) == 1 && parts[0].address == 0x900000);
+
+    /* Faults that were read and answered leave no room taken; zeros are not lost. */
+    lm_ledger_apply(&ledger);
+    lm_ledger_apply(&ledger);
+    CHECK(lm_ledger_room(&ledger) == room + 4);
+    room[4] = event(LM_UFFD_EVENT_PAGEFAULT, 0, 0x900000, 0);
+    lm_ledger_discard(&ledger, 1);
+    room[4] = event(LM_UFFD_EVENT_REMOVE, 0x901000, 0x902000, 0);
+    CHECK(read_back(&ledger, 0, &told, parts) == 3);
+    CHECK(parts[0].length == 0x1000 && parts[1].flags == (LM_PAGER_REMOVED_ZERO | LM_PAGER_IS_ZERO));
+    CHECK(parts[2].address == 0x902000 && parts[2].offset == 0x5000);
+
+    /* What cannot be believed is said not to be. */
+    lm_ledger_count(&ledger, 1);
+    room[5] = event(LM_UFFD_EVENT_REMAP, 0x900000, 0x902000, 0x1000);
+    CHECK(read_back(&ledger, 0, &told, parts) == 2 && (told.features & LM_SPACE_DISBELIEVED));
+
+    /* It fills up, and the next one takes its place. */
+    for (i = 0; (room = lm_ledger_room(&ledger)) != NULL; i++)
+        lm_ledger_count(&ledger, LM_LEDGER_BATCH);
+    CHECK(i == 3);
+    i = ledger.fd;
+    CHECK(lm_ledger_begin(&ledger, &facts, &table) == 0 && ledger.fd != i);
+    CHECK(lm_ledger_room(&ledger) != NULL && read_back(&ledger, 0, &told, parts) == 1);
+    CHECK(told.generation == 2);
+    lm_space_clear(&table);
+    lm_ledger_end(&ledger);
+    CHECK(ledger.head == NULL);
+}
+
+/* A file that somebody else gives us. */
+static void test_any_bytes_may_be_given_for_a_ledger(void)
+{
+    static struct lm_region region = { .serial = 77 };
+    struct lm_space_piece piece = { .at = 0x100000, .length = 0x10000, .region = &region, .page = PAGE };
+    struct lm_ledger_facts facts = { .space = 5 };
+    struct lm_space_table table = { 0 };
+    struct lm_ledger ledger = { 0 };
+    unsigned char bytes[1024], damaged[1024];
+    lm_ledger_report told;
+    lm_space_part parts[4];
+    uint64_t seed = 5;
+    off_t size;
+    int i;
+
+    CHECK(lm_space_add(&table, &piece) == 0);
+    CHECK(lm_ledger_begin(&ledger, &facts, &table) == 0);
+    ledger.messages[0] = event(LM_UFFD_EVENT_REMAP, 0x100000, 0x900000, 0x4000);
+    ledger.messages[1] = (struct lm_uffd_message){ .event = LM_UFFD_EVENT_FORK, .child = 33 };
+    size = lseek(ledger.fd, 0, SEEK_END);
+    CHECK((size_t)size > sizeof bytes && pread(ledger.fd, bytes, sizeof bytes, 0) == sizeof bytes);
+    CHECK(lm_ledger_read(bytes, 0, 0, &told, parts, 4) == -EBADMSG);
+    CHECK(lm_ledger_read(bytes, sizeof bytes, 0, &told, parts, 4) == -EBADMSG); /* cut short */
+    for (i = 0; i < 20000; i++) {
+        unsigned char *whole = calloc(1, (size_t)size);
+        uint32_t child;
+
+        memcpy(damaged, bytes, sizeof bytes);
+        damaged[next_random(&seed) % 256] ^= (unsigned char)(1u << next_random(&seed) % 8);
+        damaged[next_random(&seed) % 256] = (unsigned char)next_random(&seed);
+        memcpy(whole, damaged, sizeof damaged);
+        for (child = 0; child < 3; child++)
+            CHECK(lm_ledger_read(whole, (uint64_t)size, child, &told, parts, 4) <= LM_SPACE_PIECES);
+        free(whole);
+    }
+    lm_space_clear(&table);
+    lm_ledger_end(&ledger);
 }
 
 /* ---- clients ---- */
@@ -247,6 +383,8 @@ int main(void)
     }
     close(i);
     test_a_space_follows_a_model();
+    test_a_ledger_tells_all_that_was_taken_from_the_kernel();
+    test_any_bytes_may_be_given_for_a_ledger();
     fill_random(content, sizeof content, 3);
     for (i = 0; i < CLIENTS; i++) {
         int pair[2];
