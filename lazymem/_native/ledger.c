@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <string.h>
 
 #include "engine.h"
@@ -14,13 +15,11 @@
 
 struct lm_ledger_head {
     _Atomic uint64_t magic;
-    uint64_t generation;
+    uint64_t begun_ns;
     struct lm_ledger_facts facts;
     uint64_t parts, capacity;
     _Atomic uint64_t length, applied;
 };
-
-static _Atomic uint64_t generations;
 
 static size_t size_of(uint64_t parts, uint64_t capacity)
 {
@@ -66,7 +65,7 @@ int lm_ledger_begin(struct lm_ledger *ledger, const struct lm_ledger_facts *fact
     fresh.messages = (struct lm_uffd_message *)(parts + table->count);
     for (i = 0; i < table->count; i++)
         parts[i] = lm_ledger_part(&table->pieces[i], table->pieces[i].region->serial);
-    fresh.head->generation = atomic_fetch_add(&generations, 1) + 1;
+    fresh.head->begun_ns = lm_sys_now_ns();
     fresh.head->facts = *facts;
     fresh.head->parts = table->count;
     fresh.head->capacity = capacity;
@@ -126,7 +125,7 @@ static bool is_sound(const struct lm_ledger_head *head, uint64_t size)
 {
     return size >= sizeof *head && head->magic == LM_LEDGER_MAGIC && head->parts <= LM_SPACE_PIECES &&
            head->capacity == LM_LEDGER_MESSAGES + head->parts && size == size_of(head->parts, head->capacity) &&
-           head->length <= head->capacity && head->applied <= head->length;
+           head->length <= head->capacity && head->applied <= head->capacity;
 }
 
 /* Regions are no more than numbers here, which space.c compares. */
@@ -169,6 +168,7 @@ static int replay(const struct lm_ledger_head *head, uint32_t child, lm_ledger_r
             out->uffd = (int32_t)messages[i].child;
             out->parent = out->space;
             out->space = 0;
+            out->inode = 0;
             out->features |= LM_SPACE_LEFT;
             return 0;
         }
@@ -192,8 +192,9 @@ int64_t lm_ledger_read(const void *bytes, uint64_t size, uint32_t child, lm_ledg
     *out = (lm_ledger_report){ .space = head->facts.space,
                                .parent = head->facts.parent,
                                .features = head->facts.features,
-                               .uffd = head->facts.uffd,
-                               .generation = head->generation };
+                               .uffd = -1,
+                               .inode = head->facts.inode,
+                               .begun_ns = head->begun_ns };
     result = first_table(head, &table);
     if (result == 0)
         result = replay(head, child, out, &table);
@@ -206,17 +207,38 @@ int64_t lm_ledger_read(const void *bytes, uint64_t size, uint32_t child, lm_ledg
     return result;
 }
 
+int lm_ledger_settle(int fd)
+{
+    struct lm_ledger_head head;
+    int error = lm_sys_pread_full(fd, &head, sizeof head, 0);
+
+    return error != 0 ? error
+                      : lm_sys_pwrite_full(fd, &head.capacity, sizeof head.capacity,
+                                           offsetof(struct lm_ledger_head, applied));
+}
+
 /* ---- the twin ---- */
 
-/* Those of children: nobody else has them. A client with a connection has its own, and hears that the pager is dead
- * when its sockets are closed. */
+/* Of what is known of a client with a connection: that it may come to the next pager soon. */
+static bool awaits_a_client(int fd)
+{
+    struct lm_ledger_head head;
+
+    return lm_sys_pread_full(fd, &head, sizeof head, 0) == 0 && head.magic == LM_LEDGER_MAGIC &&
+           !(head.facts.features & LM_SPACE_LEFT);
+}
+
+/* Userfaultfds of children: nobody else has them. A client with a connection has its own, and hears that the pager is
+ * dead when its sockets are closed. */
 static enum lm_worth worth_of(int fd)
 {
     enum lm_mark mark = lm_sys_mark_of(fd);
 
-    if (!lm_uffd_is_one(fd))
-        return mark == LM_MARK_KEPT ? LM_WORTH_KEEPING : LM_WORTH_NOTHING;
-    return mark == LM_MARK_CLIENTS || lm_uffd_is_over(fd) ? LM_WORTH_NOTHING : LM_WORTH_WAITING;
+    if (lm_uffd_is_one(fd))
+        return mark == LM_MARK_CLIENTS || lm_uffd_is_over(fd) ? LM_WORTH_NOTHING : LM_WORTH_WAITING;
+    if (mark != LM_MARK_KEPT)
+        return LM_WORTH_NOTHING;
+    return awaits_a_client(fd) ? LM_WORTH_A_MINUTE : LM_WORTH_KEEPING;
 }
 
 int lm_pager_start_twin(void)

@@ -6,8 +6,8 @@
  * Whenever the pager is killed, the ledger is whole:
  *   - Messages are read from the userfaultfd straight into it, past those that are counted, over zeros: none is
  *     taken from the kernel without being there. What is there uncounted ends with the first that is all zeros.
- *   - Where memory lies is written once. A new table is a new ledger, with a higher generation, and the one before
- *     is closed after it; `magic` is written last.
+ *   - Where memory lies is written once. A new table is a new ledger, begun later, and the one before is closed
+ *     after it; `magic` is written last.
  *   - FORK brings a descriptor. Until `applied` has passed its message, no other ledger need name it.
  * The next pager works the table out again, by the same functions from the same messages (space.h).
  */
@@ -31,8 +31,8 @@ struct lm_ledger {
     struct lm_uffd_message *messages;
 };
 
-/* What stands in it beside table and messages. uffd: the number that it has in the pager. */
-struct lm_ledger_facts { uint32_t space, parent, features; int uffd; };
+/* What stands in it beside table and messages. inode: the userfaultfd's, which no other has (Linux 5.12). */
+struct lm_ledger_facts { uint32_t space, parent, features; uint64_t inode; };
 
 /* Begin one with this table, and close the one before; or leave no ledger at all, and say why. */
 int lm_ledger_begin(struct lm_ledger *ledger, const struct lm_ledger_facts *facts,
@@ -57,9 +57,10 @@ void lm_ledger_apply(struct lm_ledger *ledger);
 
 typedef struct {
     uint32_t space, parent;
-    uint32_t features; /* as in lm_space_report */
-    int32_t uffd;      /* its number in that pager */
-    uint64_t generation; /* of several ledgers for one number the highest counts */
+    uint32_t features;   /* as in lm_space_report */
+    int32_t uffd;        /* of a child: the number of its userfaultfd in that pager; else -1 */
+    uint64_t inode;      /* of the userfaultfd; of a child: 0 */
+    uint64_t begun_ns;   /* of several ledgers for one userfaultfd the last one counts, whichever pager's */
 } lm_ledger_report;
 
 /* Read a ledger's `size` bytes: of its space (child 0), or of the children that its last messages tell of and that
@@ -68,6 +69,9 @@ typedef struct {
  * ledger, or no whole one; -ENOMEM. */
 int64_t lm_ledger_read(const void *bytes, uint64_t size, uint32_t child, lm_ledger_report *out, lm_space_part *parts,
                        uint64_t capacity);
+
+/* The children that a ledger tells of have been found: it tells of none any more. */
+int lm_ledger_settle(int fd);
 
 /* A process that keeps userfaultfds and ledgers of this one open: if this one dies, however that is, no page of a
  * child of a client's reads as zeros; its touches wait. It then gives what it has to whoever comes to the socket

@@ -35,6 +35,7 @@ struct fault { uint64_t address, since; };
 struct space {
     uint32_t id, parent;
     int fd;
+    struct lm_sys_file file; /* what it leads to */
     bool follows; /* children of its process become spaces */
     unsigned users; /* under pager.lock */
     struct space *next; /* under pager.lock */
@@ -160,7 +161,7 @@ static int make_space(int fd, uint32_t parent, struct space **ret_space)
     struct space *space = calloc(1, sizeof *space);
 
     /* A descriptor that blocks would hold up whoever reads it. */
-    if (space == NULL || lm_sys_unblock(fd) < 0) {
+    if (space == NULL || lm_sys_unblock(fd) < 0 || lm_sys_identify(fd, &space->file) < 0) {
         free(space);
         lm_sys_close(fd);
         return -ENOMEM;
@@ -360,7 +361,7 @@ static uint32_t features_locked(const struct space *space)
 static void record_locked(struct space *space)
 {
     struct lm_ledger_facts facts = {
-        .space = space->id, .parent = space->parent, .features = features_locked(space), .uffd = space->fd
+        .space = space->id, .parent = space->parent, .features = features_locked(space), .inode = space->file.inode
     };
 
     (void)lm_sys_mark(space->fd, space->left ? LM_MARK_KEPT : LM_MARK_CLIENTS);
@@ -1151,7 +1152,7 @@ int lm_pager_claim_space(int uffd, uint32_t *ret_space)
     error = -ESRCH;
     for (i = 0; i < count; i++) {
         pthread_mutex_lock(&all[i]->lock);
-        if (error == -ESRCH && !all[i]->gone && lm_sys_is_same(all[i]->fd, &file)) {
+        if (error == -ESRCH && !all[i]->gone && all[i]->file.inode == file.inode) {
             error = all[i]->left ? 0 : -EBUSY;
             all[i]->left = false;
             *ret_space = all[i]->id;

@@ -193,20 +193,19 @@ def memory_descriptor(region: NativeRegion) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What a pager that died knew of one address space (ledger.h). uffd: the number it had there; of several
-    with one number that with the highest generation counts. is_child: it may have a ledger of its own."""
+    """What a pager that died knew of one address space. As lm_ledger_report (ledger.h)."""
 
     space: int
     parent: int
     features: int
     uffd: int
-    generation: int
-    is_child: bool
+    inode: int
+    begun_ns: int
     parts: list[Part]
 
 
 def read_ledger(data: bytes) -> list[Ledger]:
-    """The space of a ledger, and the children that it tells of. Raises `NativeError` for what is none."""
+    """A ledger's space, then children that perhaps have no ledger. Raises `NativeError` for what is none."""
     found: list[Ledger] = []
     out = ffi.new("lm_ledger_report *")
     while True:
@@ -218,10 +217,14 @@ def read_ledger(data: bytes) -> list[Ledger]:
         one = out[0]
         found.append(
             Ledger(
-                one.space, one.parent, one.features, one.uffd, one.generation, bool(found),
-                _parts(parts, count),
+                one.space, one.parent, one.features, one.uffd, one.inode, one.begun_ns, _parts(parts, count)
             )
         )  # fmt: skip
+
+
+def settle_ledger(fd: int) -> None:
+    """Have a ledger tell of no children any more."""
+    _check(lib.lm_ledger_settle(fd))
 
 
 def bequeath(fd: int) -> None:

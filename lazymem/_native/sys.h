@@ -151,10 +151,10 @@ bool lm_sys_has_hung_up(int fd, int timeout_ms);
 void lm_sys_await_input(int fd, int timeout_ms);
 void lm_sys_pause(int us);
 /* A process that shares this one's table of descriptors, so that none is closed when this one dies. Then it
- * closes those that are worth nothing, asks again every second, and ends when none is worth waiting for. If a
- * socket that listens is among them, whoever connects to it is given all others. No handler of fork runs, so there
+ * closes those that are worth nothing, asks again every second, and ends when none is worth waiting for (or those
+ * that are for a minute have had it). If a socket that listens is among them, whoever connects to it is given all others. No handler of fork runs, so there
  * must be no thread yet that may hold a lock. Returns its id. */
-enum lm_worth { LM_WORTH_NOTHING, LM_WORTH_KEEPING, LM_WORTH_WAITING };
+enum lm_worth { LM_WORTH_NOTHING, LM_WORTH_KEEPING, LM_WORTH_A_MINUTE, LM_WORTH_WAITING };
 int lm_sys_start_twin(enum lm_worth (*worth_of)(int));
 
 #endif

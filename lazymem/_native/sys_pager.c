@@ -171,7 +171,7 @@ static bool for_each_descriptor(int but, bool (*call)(int, void *), void *contex
     return going;
 }
 
-struct sorted { enum lm_worth (*worth_of)(int); int waiting, listener; };
+struct sorted { enum lm_worth (*worth_of)(int); enum lm_worth most; int listener; };
 
 static bool sort_out(int fd, void *context)
 {
@@ -184,7 +184,7 @@ static bool sort_out(int fd, void *context)
         (void)close(fd);
         return true;
     }
-    sorted->waiting += worth == LM_WORTH_WAITING;
+    sorted->most = worth > sorted->most ? worth : sorted->most;
     if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size) == 0 && listens)
         sorted->listener = fd;
     return true;
@@ -231,8 +231,9 @@ static void remove_path_of(int listener)
 
 int lm_sys_start_twin(enum lm_worth (*worth_of)(int))
 {
-    struct sorted sorted = { .worth_of = worth_of, .waiting = 1 };
+    struct sorted sorted = { .worth_of = worth_of };
     int self = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    uint64_t began;
     long pid;
 
     if (self < 0)
@@ -243,12 +244,14 @@ int lm_sys_start_twin(enum lm_worth (*worth_of)(int))
     (void)setsid();
     while (poll_one(self, POLLIN, -1) == 0)
         ;
+    began = lm_sys_now_ns();
     for (;;) {
-        sorted.waiting = 0;
+        sorted.most = LM_WORTH_NOTHING;
         sorted.listener = -1;
         if (!for_each_descriptor(-1, sort_out, &sorted))
-            sorted.waiting = 1; /* there is no memory to look, or no descriptor */
-        if (sorted.waiting == 0)
+            sorted.most = LM_WORTH_WAITING; /* there is no memory to look, or no descriptor */
+        if (sorted.most < LM_WORTH_A_MINUTE ||
+            (sorted.most == LM_WORTH_A_MINUTE && lm_sys_now_ns() - began > 60 * UINT64_C(1000000000)))
             break;
         if (sorted.listener < 0)
             (void)sleep(1);

@@ -8,7 +8,7 @@ listens at `SOCKET.estate-*`. Whoever connects there is sent each descriptor wit
 packet each, then -1; and answers with the numbers that are in good hands now, and -1. What is not, the twin
 keeps, for the pager after that.
 
-A client with a connection has its userfaultfd, and comes by itself.
+A client with a connection has its userfaultfd, and comes by itself; what is known of its memory awaits it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -84,47 +84,83 @@ def take_estates(server: Server) -> None:
                 logger.warning("%s: what a pager has left cannot be had: %s", path, error)
 
 
+@dataclass(frozen=True, slots=True)
+class _File:
+    """number: that it had in the pager that died."""
+
+    number: int
+    fd: int
+
+
 @dataclass
 class _Left:
-    """What came: userfaultfds by the number that they had, and what the files say."""
+    """What came: userfaultfds by their inodes, ledgers with their files, what was asked for."""
 
-    uffds: dict[int, int] = field(default_factory=dict)
-    ledgers: list[native.Ledger] = field(default_factory=list)
+    uffds: dict[int, _File] = field(default_factory=dict)
+    ledgers: list[tuple[_File, list[native.Ledger]]] = field(default_factory=list)
     wanted: dict[int, Wanted] = field(default_factory=dict)
 
-    def spaces(self) -> list[native.Ledger]:
-        """Those that nobody else looks after, each once."""
+    def spaces(self) -> dict[int, native.Ledger]:
+        """The ledger that counts, for each userfaultfd by its inode."""
         found: dict[int, native.Ledger] = {}
-        for one in sorted(self.ledgers, key=lambda ledger: (not ledger.is_child, ledger.generation)):
-            if one.uffd in self.uffds:  # by the last one that counts
-                found[one.uffd] = one
-        return [one for one in found.values() if one.features & native.LEFT]
+        every = (one for _, ledgers in self.ledgers for one in ledgers)
+        for one in sorted(every, key=lambda ledger: (ledger.inode != 0, ledger.begun_ns)):
+            inode = self.inode_of(one)  # a child's own ledger, if it has one, comes later
+            if inode is not None:
+                found[inode] = one
+        return found
+
+    def inode_of(self, ledger: native.Ledger) -> int | None:
+        numbered = (inode for inode, uffd in self.uffds.items() if uffd.number == ledger.uffd)
+        return ledger.inode or next(numbered, None)
 
 
 def _take(server: Server, connection: socket.socket) -> None:
     with ExitStack() as stack:
         left = _receive(connection, stack)
         spaces = left.spaces()
-        if not spaces:
-            return
+        ours = {
+            inode: one for inode, one in spaces.items() if one.features & native.LEFT and inode in left.uffds
+        }
         stocks: dict[int, Stock] = {}
-        for serial in {part.serial for one in spaces for part in one.parts}:
-            with suppress(KeyError):
-                try:
-                    stocks[serial] = server.stocks.get(left.wanted[serial])
-                except LazymemError as error:
-                    logger.warning("memory that another pager served cannot be served: %s", error)
-                else:
-                    stack.callback(server.stocks.leave, stocks[serial])
+        for serial in {part.serial for one in ours.values() for part in one.parts} & left.wanted.keys():
+            try:
+                stocks[serial] = server.stocks.get(left.wanted[serial])
+            except LazymemError as error:
+                logger.warning("memory that another pager served cannot be served: %s", error)
+            else:
+                stack.callback(server.stocks.leave, stocks[serial])
         native.stop()  # until the twin has let go, nobody is to read what only one may read
         try:
-            taken = _restore(left, spaces, stocks)
-            for number in (*taken, _END):
+            done = _restore(left, ours, stocks)
+            done |= _know(server, left, done)
+            for number in (*done, _END):
                 connection.sendall(_NUMBER.pack(number))
             connection.recv(1)  # it has closed them
         finally:
             native.start(server.core_threads)
-        logger.info("%d address spaces that another pager had left are served", len(taken))
+
+
+def _know(server: Server, left: _Left, done: set[int]) -> set[int]:
+    """Keep what is known of clients with connections until they come. The numbers of files that are ours."""
+    ours: set[int] = set()
+    for file, (one, *children) in left.ledgers:
+        if one.features & native.LEFT:
+            continue
+        before = server.known.get(one.inode)
+        if before is not None and before[0].begun_ns > one.begun_ns:
+            ours.add(file.number)
+            continue
+        inodes = map(left.inode_of, children)
+        kept = None
+        if all(inode not in left.uffds or left.uffds[inode].number in done for inode in inodes):
+            native.settle_ledger(file.fd)
+            kept = os.dup(file.fd)  # should this pager die before the client comes, the next one finds it
+            ours.add(file.number)
+        if before is not None and before[1] is not None:
+            os.close(before[1])
+        server.known[one.inode] = one, kept
+    return ours
 
 
 def _receive(connection: socket.socket, stack: ExitStack) -> _Left:
@@ -140,7 +176,7 @@ def _receive(connection: socket.socket, stack: ExitStack) -> _Left:
             return left
         (number,) = _NUMBER.unpack(packet)
         if not os.readlink(f"/proc/self/fd/{fds[0]}").startswith("/memfd:"):
-            left.uffds[number] = fds[0]
+            left.uffds[os.fstat(fds[0]).st_ino] = _File(number, fds[0])
             continue
         data = os.pread(fds[0], os.fstat(fds[0]).st_size, 0)
         with suppress(ValueError, KeyError, TypeError, NativeError):  # or it was not finished
@@ -148,34 +184,31 @@ def _receive(connection: socket.socket, stack: ExitStack) -> _Left:
                 told = json.loads(data)
                 left.wanted[told["serial"]] = Wanted.told(told["wanted"])
             else:
-                left.ledgers += native.read_ledger(data)
+                left.ledgers.append((_File(number, fds[0]), native.read_ledger(data)))
 
 
-def _restore(left: _Left, spaces: Iterable[native.Ledger], stocks: dict[int, Stock]) -> list[int]:
+def _restore(left: _Left, spaces: Mapping[int, native.Ledger], stocks: Mapping[int, Stock]) -> set[int]:
     """The numbers of the userfaultfds whose spaces are served now."""
     restored: list[tuple[native.Ledger, int]] = []
     renamed: dict[int, int] = {}
-    served: list[int] = []
-    for one in spaces:
-        try:
-            if _is_served(left.uffds[one.uffd]):
-                served.append(one.uffd)
+    done: set[int] = set()
+    for inode, one in spaces.items():
+        uffd = left.uffds[inode]
+        if not _is_served(uffd.fd):
+            if not all(part.serial in stocks for part in one.parts):
                 continue
-            parts = [
-                (part.address, part.length, part.offset, stocks[part.serial].open(), part.page, part.flags)
-                for part in one.parts
-            ]
-            number = restore_space(left.uffds[one.uffd], parts)
-        except (KeyError, NativeError) as error:
-            if not isinstance(error, KeyError):
+            try:
+                number = restore_space(uffd.fd, one.parts, lambda serial: stocks[serial].open())
+            except (LazymemError, NativeError) as error:
                 logger.warning("an address space that another pager had left cannot be served: %s", error)
-            continue
-        restored.append((one, number))
-        if one.space:
-            renamed[one.space] = number
+                continue
+            restored.append((one, number))
+            if one.space:
+                renamed[one.space] = number
+        done.add(uffd.number)
     for one, number in restored:
         native.resume_space(number, renamed.get(one.parent, 0), one.features)
-    return served + [one.uffd for one, _ in restored]
+    return done
 
 
 def _is_served(uffd: int) -> bool:

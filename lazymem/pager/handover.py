@@ -229,13 +229,8 @@ def _take(server: Server, connection: socket.socket, stack: ExitStack) -> None:
 def _take_space(connection: socket.socket, stocks: list[Stock], space: Mapping[str, Any]) -> int:
     uffd = _receive(connection)
     try:
-        return restore_space(
-            uffd,
-            [
-                (at, length, offset, stocks[stock].open(), page, flags)
-                for at, length, offset, stock, page, flags in space["parts"]
-            ],
-        )
+        parts = [native.Part(*part) for part in space["parts"]]
+        return restore_space(uffd, parts, lambda stock: stocks[stock].open())
     finally:
         os.close(uffd)
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from .._native import NativeError, NativeRegion
@@ -43,18 +44,39 @@ def map_memory(space: int, ask: Ask, memory: NativeRegion) -> None:
         raise NativeError(error.code, said=f"MAP: {_why(error, ask, page)}") from None
 
 
-def restore_space(uffd: int, parts: Iterable[tuple[int, int, int, NativeRegion, int, int]]) -> int:
-    """A space that another pager had, not resumed yet. parts: what it showed (address, length, offset,
-    memory, page, flags). Raises `NativeError`."""
+def restore_space(uffd: int, parts: Iterable[native.Part], memory_of: Callable[[int], NativeRegion]) -> int:
+    """A space that another pager had, not resumed yet. memory_of: by the serial number that parts have.
+
+    Raises `NativeError`, and what memory_of does.
+    """
     space, _ = native.open_space(uffd, agree=False)
     try:
-        for address, length, offset, memory, page, flags in parts:
-            native.map_memory(
-                space, address, length, memory, offset, page, flags | native.ADOPT | native.MORE
-            )
+        for part in parts:
+            flags = part.flags | native.ADOPT | native.MORE
+            memory = memory_of(part.serial)
+            native.map_memory(space, part.address, part.length, memory, part.offset, part.page, flags)
     except BaseException:
         native.close_space(space)
         raise
+    return space
+
+
+#: What another pager knew of clients, by their userfaultfds' inodes; its file goes once they have come.
+Known = dict[int, tuple[native.Ledger, int | None]]
+
+
+def adopt_space(uffd: int, memory: NativeRegion, known: Known) -> int | None:
+    """A space whose client comes with it again, as its connection had ended, or its pager. None: nothing is
+    known of it. Raises `NativeError`."""
+    space = native.claim_space(uffd)
+    ledger, file = known.pop(os.fstat(uffd).st_ino, (None, None))
+    try:
+        if space is None and ledger is not None:
+            space = restore_space(uffd, ledger.parts, lambda _: memory)
+            native.resume_space(space, 0, ledger.features)
+    finally:
+        if file is not None:
+            os.close(file)
     return space
 
 

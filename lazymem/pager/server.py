@@ -28,7 +28,7 @@ from ..paging.wire import Answer, Ask
 from .access import Access, Peer
 from .files import in_memory
 from .listening import listen_at
-from .mapping import map_memory, open_space
+from .mapping import Known, adopt_space, map_memory, open_space
 from .populating import populate
 from .status import status_of
 from .stock import Stock, Stocks, Wanted
@@ -100,6 +100,8 @@ class Server:
         self._halted = False
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # readable: look at _halted and ending
         self.sessions: set[Session] = set()
+        #: Of clients that have not come yet to this pager, but were another's that died.
+        self.known: Known = {}
         self.listener: socket.socket | None = None
         self._place: tuple[int, int] | None = None  # device and inode of our socket
         self.ending = threading.Event()
@@ -423,7 +425,7 @@ class Server:
         if session.maps > _MAPS_MOST:
             raise wire.BadPacket(f"a connection maps at most {_MAPS_MOST} ranges")
         if descriptor is not None and ask.flags & native.ADOPT:
-            session.space = native.claim_space(descriptor)
+            session.space = adopt_space(descriptor, session.stock.open(), self.known)
             session.claimed = session.space is not None
         if session.space is None:
             assert descriptor is not None

@@ -88,17 +88,20 @@ def test_trees_at_once_share_a_pager(pager: pagers.Pager, client: Path, guest: t
         assert "pages were right" in out
 
 
-@pytest.mark.parametrize(("how", "seed"), [("shared", 31), ("copy", 32), ("zero", 33)])
+@pytest.mark.parametrize(
+    ("how", "seed", "end"),
+    [("shared", 31, "leave"), ("copy", 32, "return"), ("zero", 33, "leave"), ("zero", 34, "return")],
+)
 def test_every_page_is_right_while_pagers_are_killed(
-    tmp_path: Path, client: Path, guest: tuple[Path, Path], how: str, seed: int
+    tmp_path: Path, client: Path, guest: tuple[Path, Path], how: str, seed: int, end: str
 ) -> None:
-    """The tree has no part in it: each pager takes over what the one before has left."""
+    """Children have no part in it: each pager takes over what the one before has left."""
     raw, snapshot = guest
     random = Random(seed)
     with ExitStack() as stack:
         pager = pagers.Pager(tmp_path / "socket")
         tree = subprocess.Popen(
-            [client, pager.path, snapshot, raw, str(seed), str(KILLS * 200), how, "2", "leave"],
+            [client, pager.path, snapshot, raw, str(seed), str(KILLS * 200), how, "2", end],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         stack.callback(tree.kill)

@@ -7,12 +7,14 @@
  * usage: pager_tree SOCKET URL RAW SEED STEPS how THREADS end
  *   how: shared (private mapping of the pager's memfd), copy (anonymous, removed pages come again), zero
  *   (anonymous, removed pages read as zeros)
- *   end: leave (the connection is closed at once, the memory goes on being served), stay
+ *   end: leave (the connection is closed at once, the memory goes on being served), stay, return (to the next pager,
+ *   should it die)
  * Exit status 0: every byte was right. Otherwise a line says what was wrong.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -61,7 +63,8 @@ static uint32_t draw(uint32_t below)
 
 static int connection;
 
-static lm_pager_answer ask(lm_pager_ask question, const char *payload, int send, int *ret_descriptor)
+/* False: there was no answer. */
+static bool try_to_ask(lm_pager_ask question, const char *payload, int send, int *ret_descriptor, lm_pager_answer *out)
 {
     static unsigned char packet[LM_PAGER_MESSAGE_MAX];
     char control[CMSG_SPACE(sizeof(int))] = { 0 };
@@ -69,7 +72,6 @@ static lm_pager_answer ask(lm_pager_ask question, const char *payload, int send,
     struct iovec part = { .iov_base = packet, .iov_len = sizeof question + length };
     struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
     struct cmsghdr *header;
-    lm_pager_answer answer;
     ssize_t got;
 
     question.magic = LM_PAGER_MAGIC;
@@ -87,28 +89,63 @@ static lm_pager_answer ask(lm_pager_ask question, const char *payload, int send,
         header->cmsg_len = CMSG_LEN(sizeof(int));
         memcpy(CMSG_DATA(header), &send, sizeof send);
     }
-    if (sendmsg(connection, &message, 0) < 0)
-        DIE("sendmsg");
+    if (sendmsg(connection, &message, MSG_NOSIGNAL) < 0)
+        return false;
     part.iov_len = sizeof packet;
     message = (struct msghdr){ .msg_iov = &part, .msg_iovlen = 1, .msg_control = control,
                                .msg_controllen = sizeof control };
     got = recvmsg(connection, &message, MSG_CMSG_CLOEXEC);
-    if (got < (ssize_t)sizeof answer)
-        DIE("no answer: %zd", got);
-    memcpy(&answer, packet, sizeof answer);
-    if (answer.kind != LM_PAGER_DONE)
-        DIE("refused: %.*s", (int)answer.payload_length, packet + sizeof answer);
+    if (got < (ssize_t)sizeof *out)
+        return false;
+    memcpy(out, packet, sizeof *out);
+    if (out->kind != LM_PAGER_DONE)
+        DIE("refused: %.*s", (int)out->payload_length, packet + sizeof *out);
     header = CMSG_FIRSTHDR(&message);
     if (header != NULL && ret_descriptor != NULL)
         memcpy(ret_descriptor, CMSG_DATA(header), sizeof(int));
+    return true;
+}
+
+static lm_pager_answer ask(lm_pager_ask question, const char *payload, int send, int *ret_descriptor)
+{
+    lm_pager_answer answer;
+
+    if (!try_to_ask(question, payload, send, ret_descriptor, &answer))
+        DIE("no answer");
     return answer;
+}
+
+static struct sockaddr_un address = { .sun_family = AF_UNIX };
+static char wanted[4096];
+static lm_pager_ask mapped;
+static int uffd;
+
+/* Whenever the pager dies: to the next one, with what it was told at first, which has changed since. */
+static void *come_back(void *nothing)
+{
+    mapped.flags |= LM_PAGER_ADOPT;
+    for (;;) {
+        struct pollfd one = { .fd = connection };
+        lm_pager_answer answer;
+        int memfd = -1;
+
+        (void)poll(&one, 1, -1); /* it hangs up */
+        close(connection);
+        connection = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+        if (connect(connection, (struct sockaddr *)&address, sizeof address) < 0 ||
+            !try_to_ask((lm_pager_ask){ .kind = LM_PAGER_HELLO }, NULL, -1, NULL, &answer) ||
+            !try_to_ask((lm_pager_ask){ .kind = LM_PAGER_OPEN }, wanted, -1, &memfd, &answer) ||
+            !try_to_ask(mapped, NULL, uffd, NULL, &answer))
+            usleep(2000);
+        if (memfd >= 0)
+            close(memfd);
+    }
+    return nothing;
 }
 
 static unsigned char *attach(const char *path, const char *url, const char *how, size_t *ret_length)
 {
-    struct sockaddr_un address = { .sun_family = AF_UNIX };
-    int shared = strcmp(how, "shared") == 0, memfd = -1, uffd;
-    char payload[4096];
+    int shared = strcmp(how, "shared") == 0, memfd = -1;
     lm_pager_answer opened;
     unsigned char *memory;
 
@@ -117,15 +154,15 @@ static unsigned char *attach(const char *path, const char *url, const char *how,
     if (connect(connection, (struct sockaddr *)&address, sizeof address) < 0)
         DIE("connect");
     ask((lm_pager_ask){ .kind = LM_PAGER_HELLO, .id = 1 }, NULL, -1, NULL);
-    snprintf(payload, sizeof payload, "{\"url\": \"%s\"}", url);
-    opened = ask((lm_pager_ask){ .kind = LM_PAGER_OPEN, .id = 2 }, payload, -1, &memfd);
+    snprintf(wanted, sizeof wanted, "{\"url\": \"%s\"}", url);
+    opened = ask((lm_pager_ask){ .kind = LM_PAGER_OPEN, .id = 2 }, wanted, -1, &memfd);
     memory = mmap(NULL, opened.length, PROT_NONE, MAP_PRIVATE | (shared ? 0 : MAP_ANONYMOUS), shared ? memfd : -1, 0);
     uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     if (memory == MAP_FAILED || uffd < 0)
         DIE("mmap or userfaultfd");
-    ask((lm_pager_ask){ .kind = LM_PAGER_MAP, .id = 3, .address = (uintptr_t)memory, .length = opened.length,
-                        .flags = (shared ? LM_PAGER_SHARED : 0) | (forgets ? LM_PAGER_REMOVED_ZERO : 0) },
-        NULL, uffd, NULL);
+    mapped = (lm_pager_ask){ .kind = LM_PAGER_MAP, .id = 3, .address = (uintptr_t)memory, .length = opened.length,
+                             .flags = (shared ? LM_PAGER_SHARED : 0) | (forgets ? LM_PAGER_REMOVED_ZERO : 0) };
+    ask(mapped, NULL, uffd, NULL);
     if (mprotect(memory, opened.length, PROT_READ | PROT_WRITE) < 0)
         DIE("mprotect");
     *ret_length = opened.length;
@@ -323,6 +360,7 @@ int main(int argc, char **argv)
 {
     size_t length, pages, own, i, threads;
     struct reader readers[8];
+    pthread_t returner;
     unsigned char *memory;
     struct stat file;
     int fd;
@@ -340,6 +378,8 @@ int main(int argc, char **argv)
     memory = attach(argv[1], argv[2], argv[6], &length);
     if (strcmp(argv[8], "leave") == 0) /* it is left to pagers, to the next ones, too */
         close(connection);
+    if (strcmp(argv[8], "return") == 0)
+        pthread_create(&returner, NULL, come_back, NULL);
     pages = length / PAGE;
     own = pages - pages / 4; /* the last quarter is the threads' */
     segments[0] = (struct segment){ memory, own, malloc(own * sizeof(struct page)) };
