@@ -24,9 +24,11 @@
  *
  * The pager may die. So the client keeps its userfaultfd: while somebody has it, touches of missing pages wait.
  * When the connection ends, connect again, to the same or another pager; HELLO, OPEN, MAP with
- * LM_PAGER_ADOPT, the same userfaultfd and the same range; whoever waited is served. What the client has
- * unmapped or moved meanwhile it must not name. If none comes: UFFDIO_POISON and UFFDIO_WAKE, then whoever touches what is missing
- * gets SIGBUS.
+ * LM_PAGER_ADOPT, the same userfaultfd and the same range; whoever waited is served. What was moved, unmapped or
+ * given back since the pager knows from the one that died; if that was more than a minute ago it does not, and shows
+ * what the client names: then name only what lies where it did. If none comes: UFFDIO_POISON and UFFDIO_WAKE, then
+ * whoever touches what is missing gets SIGBUS. A client that has ended its connection, and every child, need do
+ * nothing: the next pager finds them.
  *
  * A client may be stopped, and whoever has stopped it wants to look at what it has not touched. process_vm_readv
  * waits for a page as a thread does; ptrace and /proc/PID/mem, by which debuggers read, do not: the kernel says

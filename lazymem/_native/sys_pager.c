@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -229,6 +230,16 @@ static void remove_path_of(int listener)
         (void)unlink(address.sun_path);
 }
 
+/* Whoever ends all that is called lazymem means to end the pager, and not that children of its clients read zeros. */
+static void ignore_polite_signals(void)
+{
+    static const int numbers[] = { SIGTERM, SIGINT, SIGHUP, SIGQUIT };
+    size_t i;
+
+    for (i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        (void)signal(numbers[i], SIG_IGN);
+}
+
 int lm_sys_start_twin(enum lm_worth (*worth_of)(int))
 {
     struct sorted sorted = { .worth_of = worth_of };
@@ -242,6 +253,8 @@ int lm_sys_start_twin(enum lm_worth (*worth_of)(int))
     if (pid != 0)
         return pid < 0 ? -errno : (int)pid;
     (void)setsid();
+    (void)prctl(PR_SET_NAME, "lazymem twin", 0, 0, 0);
+    ignore_polite_signals();
     while (poll_one(self, POLLIN, -1) == 0)
         ;
     began = lm_sys_now_ns();

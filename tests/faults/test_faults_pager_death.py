@@ -140,6 +140,9 @@ def test_children_wait_for_the_next_pager(tmp_path: Path, files: tuple[Path, Pat
     client = start(pager, (snapshot, files[1]), code)
     try:
         wait_until(lambda: [one["parent"] is not None for one in pager.status()["spaces"]] == [True])
+        twin = Path(f"/proc/{pager.process.pid}/task/{pager.process.pid}/children").read_text()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # of somebody who means the pager
+            os.kill(int(twin), number)
         pager.kill()
         assert client.stdin is not None
         client.stdin.write("\n")
