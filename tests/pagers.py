@@ -28,7 +28,7 @@ class Pager:
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "lazymem", "pager", "serve", "--socket", str(path),
              *map(str, options)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:
             self.out = line_of(self.process)
@@ -83,7 +83,7 @@ def line_of(process: subprocess.Popen[str], deadline: float = DEADLINE) -> str:
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         if not selector.select(deadline):
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             raise AssertionError(f"hang: no line within {deadline} s\n{process.communicate()[1]}")
     line = process.stdout.readline()
     assert line, process.communicate()[1]

@@ -13,8 +13,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
@@ -26,23 +24,10 @@ import numpy as np
 
 import lazymem
 
+from .. import pagers
 from ..arrays import make_arrays
 
 _PR_SET_PDEATHSIG: Final = 1
-
-_PAGER = """
-import sys
-from lazymem._native import pager as native
-from lazymem.pager.access import Access
-from lazymem.pager.server import Limits, Server
-
-socket, who, *snapshots = sys.argv[1:]
-native.start()
-server = Server(socket, Access(snapshots, None if who == "everybody" else ()), Limits(), passes_device=True)
-server.listen()
-print("ready", flush=True)
-server.serve()
-"""
 
 
 class Client:
@@ -126,17 +111,9 @@ def running_pager(*snapshots: object, everybody: bool = False) -> Iterator[str]:
 
     everybody: whoever asks is served, else its own user.
     """
+    options = ["--pass-device", *(option for one in snapshots for option in ("--snapshot", one))]
+    options += ["--any-user"] * everybody
     with tempfile.TemporaryDirectory(prefix="lazymem-pager-") as folder:
         Path(folder).chmod(0o755)
-        path = f"{folder}/socket"
-        pager = subprocess.Popen(
-            [sys.executable, "-c", _PAGER, path, "everybody" if everybody else "own", *map(str, snapshots)],
-            stdout=subprocess.PIPE,
-        )
-        try:
-            assert pager.stdout is not None
-            assert pager.stdout.readline() == b"ready\n"
-            yield path
-        finally:
-            pager.kill()
-            pager.communicate()
+        with pagers.running(Path(folder, "socket"), *options) as pager:
+            yield str(pager.path)
