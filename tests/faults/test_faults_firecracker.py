@@ -146,6 +146,8 @@ def test_restored_machine_outlives_its_pagers(
             pager.kill()
             pager = pagers.Pager(tmp_path / "s", *options)
         out, err = machine.communicate(timeout=60)
+        if machine.returncode == 77:
+            pytest.skip(err)
         assert (machine.returncode, out) == (0, "ok\n"), err
     finally:
         machine.kill()
