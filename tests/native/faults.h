@@ -10,6 +10,7 @@
 #ifndef FAULTS_H
 #define FAULTS_H
 
+#include <dirent.h>
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
@@ -30,7 +31,7 @@
 
 #include "uffd.h"
 
-/* Each call, and what the kernel (or, of the last, the allocator) can say to the way it is used here. 0 stands
+/* Each call, and what the kernel (or an allocator) can say to the way it is used here. 0 stands
  * for the end: of a file, of a connection. test_native.py sees to it that the core makes no other calls. */
 #define CALLS(X)                                                                                          \
     X(mmap, ENOMEM)                                                                                       \
@@ -60,6 +61,8 @@
     X(uffd_copy, ENOMEM, EAGAIN)                                                                          \
     X(uffd_zeropage, ENOMEM, EAGAIN)                                                                      \
     X(uffd_poison, ENOMEM, EAGAIN)                                                                        \
+    X(uffd_continue, ENOMEM, EAGAIN)                                                                      \
+    X(uffd_unregister, ENOMEM)                                                                            \
     X(unshare, ENOMEM, EPERM)                                                                             \
     X(close_range, ENOSYS)                                                                                \
     X(sched_getaffinity, EINVAL)                                                                          \
@@ -73,7 +76,15 @@
     X(execve, ENOENT, ENOMEM)                                                                             \
     X(pidfd_open, EMFILE, ENOMEM)                                                                         \
     X(pidfd_send_signal, ESRCH)                                                                           \
-    X(zstd_create, ENOMEM)
+    X(zstd_create, ENOMEM)                                                                                \
+    X(malloc, ENOMEM)                                                                                     \
+    X(calloc, ENOMEM)                                                                                     \
+    X(realloc, ENOMEM)                                                                                    \
+    X(fchmod, EPERM)                                                                                      \
+    X(socket, EMFILE, ENOMEM)                                                                             \
+    X(setsockopt, ENOMEM)                                                                                 \
+    X(connect, ECONNREFUSED, EAGAIN, EINTR)                                                               \
+    X(opendir, EMFILE, ENOMEM)
 
 #define NAME_IT(name, ...) CALL_##name,
 enum call { CALLS(NAME_IT) CALL_COUNT };
@@ -146,7 +157,25 @@ WRAP(int, socketpair, CALL_socketpair, (int family, int type, int protocol, int 
 WRAP(ssize_t, sendmsg, CALL_sendmsg, (int fd, const struct msghdr *message, int flags), fd, message, flags)
 WRAP(pid_t, waitpid, CALL_waitpid, (pid_t pid, int *out, int options), pid, out, options)
 WRAP(int, dup2, CALL_dup2, (int from, int to), from, to)
+WRAP(int, fchmod, CALL_fchmod, (int fd, mode_t mode), fd, mode)
+WRAP(int, socket, CALL_socket, (int family, int type, int protocol), family, type, protocol)
+WRAP(int, setsockopt, CALL_setsockopt, (int fd, int level, int name, const void *value, socklen_t length), fd, level, name,
+     value, length)
+WRAP(int, connect, CALL_connect, (int fd, const struct sockaddr *to, socklen_t length), fd, to, length)
 WRAP(int, execve, CALL_execve, (const char *path, char *const argv[], char *const envp[]), path, argv, envp)
+
+#define WRAP_POINTER(type, name, call, parameters, ...)  \
+    type *__real_##name parameters;                       \
+    type *__wrap_##name parameters;                       \
+    UNCHECKED type *__wrap_##name parameters              \
+    {                                                     \
+        return fails(call) ? NULL : __real_##name(__VA_ARGS__); \
+    }
+
+WRAP_POINTER(void, malloc, CALL_malloc, (size_t length), length)
+WRAP_POINTER(void, calloc, CALL_calloc, (size_t count, size_t length), count, length)
+WRAP_POINTER(void, realloc, CALL_realloc, (void *memory, size_t length), memory, length)
+WRAP_POINTER(DIR, opendir, CALL_opendir, (const char *path), path)
 
 void *__real_mmap(void *at, size_t length, int prot, int flags, int fd, off_t offset);
 void *__wrap_mmap(void *at, size_t length, int prot, int flags, int fd, off_t offset);
@@ -212,6 +241,8 @@ UNCHECKED static int call_of_ioctl(unsigned long request)
     case LM_UFFDIO_COPY: return CALL_uffd_copy;
     case LM_UFFDIO_ZEROPAGE: return CALL_uffd_zeropage;
     case LM_UFFDIO_POISON: return CALL_uffd_poison;
+    case LM_UFFDIO_CONTINUE: return CALL_uffd_continue;
+    case LM_UFFDIO_UNREGISTER: return CALL_uffd_unregister;
     default: return -1; /* WAKE: cannot fail. MOVE: refused, it is copied */
     }
 }
@@ -225,7 +256,7 @@ UNCHECKED int __wrap_ioctl(int fd, unsigned long request, void *argument)
     if (call >= 0 && fails((enum call)call)) { /* nothing was done: so say the fields, too */
         if (call == CALL_uffd_copy)
             ((struct lm_uffd_transfer *)argument)->done = -plan->error;
-        else if (call == CALL_uffd_zeropage || call == CALL_uffd_poison)
+        else if (call == CALL_uffd_zeropage || call == CALL_uffd_poison || call == CALL_uffd_continue)
             ((struct lm_uffd_fill *)argument)->done = -plan->error;
         return -1;
     }
@@ -237,6 +268,7 @@ UNCHECKED static int call_of_number(long number)
     switch (number) {
     case SYS_userfaultfd: return CALL_uffd_open;
     case SYS_mmap: return CALL_mmap; /* over what is there */
+    case SYS_clone: return CALL_clone;
     case SYS_close_range: return CALL_close_range;
     case SYS_pidfd_open: return CALL_pidfd_open;
     case SYS_pidfd_send_signal: return CALL_pidfd_send_signal;

@@ -61,7 +61,7 @@ def wrapped() -> set[str]:
     """What faults.h can make fail."""
     text = (HERE / "faults.h").read_text("utf-8")
     return set(re.findall(r"^\w+ \*?__wrap_(\w+)\(.*;$", text, re.M)) | set(
-        re.findall(r"^WRAP\(\w+, (\w+)", text, re.M)
+        re.findall(r"^WRAP(?:_POINTER)?\(\w+, (\w+)", text, re.M)
     )
 
 

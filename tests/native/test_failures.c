@@ -5,11 +5,10 @@
  * kernel may give (faults.h). Whatever happens, a byte that can be read is the right one, anything else has a
  * name or is a signal after a line; when the cause is gone all heals; and nothing is left behind.
  *
- * Each run is a process of its own, and so is each series of runs, several at a time. Argument "fork" adds
- * a fork in the middle, and whatever else takes time. "one SCENARIO CALL ERROR NTH once|onward" repeats what a failure printed.
+ * How runs are made: series.h. Argument "fork" adds a fork in the middle, and whatever else takes time.
+ * "one SCENARIO CALL ERROR NTH once|onward" repeats what a failure printed.
  */
 #define _GNU_SOURCE
-#include <dirent.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/wait.h>
@@ -17,14 +16,13 @@
 #include "faults.h"
 #include "fetch.h"
 #include "harness.h"
+#include "series.h"
 
 #define CHUNK  65536u
 #define CHUNKS 5u
 #define ZERO   3u /* the one that has no bytes in the file */
 #define PAGE   4096u
 #define LIMIT  60 /* seconds; then a run hangs */
-#define SERIES 24 /* at a time */
-#define MANY   200 /* runs of a series */
 
 static unsigned char byte_of(uint64_t offset)
 {
@@ -83,12 +81,12 @@ static const struct scenario scenarios[] = {
 
 static const struct scenario *scenario;
 static lm_chunk_record records[CHUNKS - 1];
-static int backend, source, scribbled; /* the second: a local file; the third: what stderr is */
+static int backend, source; /* the second: a local file */
 static bool strict;                    /* nothing fails any more: no error is allowed */
 static lm_region *region;
 
 static bool fail_zstd(void) { return fails(CALL_zstd_create); }
-static void *create_zstd(void) { return fail_zstd() ? NULL : malloc(1); }
+static void *create_zstd(void) { return fail_zstd() ? NULL : __real_malloc(1); }
 static size_t free_zstd(void *context) { free(context); return 0; }
 static unsigned is_error(size_t result) { return result == 0; }
 
@@ -294,71 +292,7 @@ static void heal(void)
         touch(at);
 }
 
-/* ---- what is left ---- */
-
-struct usage { long mapped, threads, descriptors; };
-
-static long count_descriptors(void)
-{
-    DIR *tasks = opendir("/proc/self/task"), *fds;
-    struct dirent *task;
-    long count = 0;
-    char path[300];
-
-    while ((task = readdir(tasks)) != NULL) {
-        snprintf(path, sizeof path, "/proc/self/task/%s/fd", task->d_name);
-        fds = task->d_name[0] == '.' ? NULL : opendir(path);
-        while (fds != NULL && readdir(fds) != NULL)
-            count++;
-        if (fds != NULL)
-            closedir(fds);
-    }
-    closedir(tasks);
-    return count;
-}
-
-static bool is_used(const struct usage *wanted)
-{
-    if (plan->call == CALL_munmap) /* what it does not take back stays */
-        return true;
-    /* Where threads have no table of their own, or the kernel closes nothing for them, they hold more. */
-    if (plan->call != CALL_unshare && plan->call != CALL_close_range &&
-        count_descriptors() != wanted->descriptors)
-        return false;
-    return mapped == wanted->mapped && threads == wanted->threads;
-}
-
-/* The courier gives things back in its own time. */
-static void check_usage(const struct usage *wanted)
-{
-    int i;
-
-    for (i = 0; i < 2000 && !is_used(wanted); i++)
-        usleep(1000);
-    if (!is_used(wanted))
-        fprintf(stderr, "left: %ld bytes, %ld threads, %ld descriptors; not %ld, %ld, %ld\n", mapped, threads,
-                count_descriptors(), wanted->mapped, wanted->threads, wanted->descriptors);
-    CHECK(is_used(wanted));
-    CHECK(lm_engine_region_count() == 0 && lm_engine_thread_count() == 0);
-}
-
 /* ---- one run ---- */
-
-struct board {
-    struct plan plan;
-    struct usage healthy;
-};
-
-static struct board *board;
-
-static void settle(struct usage *ret_usage)
-{
-    int i;
-
-    for (i = 0; i < 100; i++)
-        usleep(1000);
-    *ret_usage = (struct usage){ mapped, threads, count_descriptors() };
-}
 
 static void run(bool armed)
 {
@@ -390,21 +324,7 @@ static void run(bool armed)
     if (armed)
         check_usage(&board->healthy);
     else
-        settle(&board->healthy);
-}
-
-static int run_in_child(bool armed)
-{
-    int status;
-    pid_t pid = fork();
-
-    CHECK(pid >= 0);
-    if (pid == 0) {
-        run(armed);
-        exit(0); /* not _exit: LeakSanitizer looks */
-    }
-    CHECK(__real_waitpid(pid, &status, 0) == pid);
-    return status;
+        settle();
 }
 
 /* ---- series of runs ---- */
@@ -420,76 +340,6 @@ static bool goes_on(enum call call, int error)
            call == CALL_mincore;
 }
 
-static void say(int status)
-{
-    static char text[10000];
-    ssize_t length = pread(scribbled, text, sizeof text - 1, 0);
-
-    text[length < 0 ? 0 : length] = '\0';
-    printf("one %s %s %d %u %s: status %x\n%s", scenario->name, calls[plan->call].name, plan->error, plan->nth,
-           plan->onward ? "onward" : "once", (unsigned)status, text);
-    fflush(stdout);
-}
-
-/* The number of runs, or -1. */
-static int run_series(enum call call, int error, bool onward)
-{
-    unsigned nth;
-    int status;
-
-    for (nth = 1; nth <= MANY; nth++) {
-        *plan = (struct plan){ .call = call, .error = error, .nth = nth, .onward = onward };
-        status = run_in_child(true);
-        if (status != 0) {
-            say(status);
-            return -1;
-        }
-        if (plan->seen < nth)
-            return (int)nth;
-        if (onward && scenario->remote) /* they wait for a deadline */
-            return (int)nth;
-    }
-    return MANY;
-}
-
-static void take_board(void)
-{
-    board = mmap(NULL, sizeof *board, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    CHECK(board != MAP_FAILED);
-    plan = &board->plan;
-    mapped = 0;
-    scribbled = memfd_create("stderr", MFD_CLOEXEC);
-    CHECK(scribbled >= 0);
-}
-
-static unsigned running, bad;
-
-static void reap(void)
-{
-    int status;
-
-    CHECK(wait(&status) > 0);
-    bad += status != 0;
-    running--;
-}
-
-static void start_series(enum call call, int error, bool onward, const struct usage *healthy)
-{
-    pid_t pid;
-
-    if (running == SERIES)
-        reap();
-    running++;
-    pid = fork();
-    CHECK(pid >= 0);
-    if (pid > 0)
-        return;
-    close(scribbled);
-    take_board();
-    board->healthy = *healthy;
-    _exit(run_series(call, error, onward) < 0);
-}
-
 /* Of a damaged chunk only what follows from that; of others, no call that is not made at all. */
 static bool is_tried(int call, const struct plan *before)
 {
@@ -501,17 +351,10 @@ static bool is_tried(int call, const struct plan *before)
 
 static void try_all(bool thorough)
 {
-    struct usage healthy;
     struct plan before;
-    int call, i, status, most = thorough && scenario->thorough ? 6 : 1;
+    struct usage healthy = find_calls(&before);
+    int call, i, most = thorough && scenario->thorough ? 6 : 1;
 
-    *plan = (struct plan){ .call = CALL_COUNT };
-    status = run_in_child(false);
-    if (status != 0)
-        say(status);
-    CHECK(status == 0);
-    healthy = board->healthy;
-    memcpy(&before, plan, sizeof before);
     for (call = 0; call < CALL_COUNT; call++)
         for (i = 0; is_tried(call, &before) && i < most && calls[call].errors[i] >= 0; i++) {
             start_series((enum call)call, calls[call].errors[i], false, &healthy);
@@ -536,21 +379,6 @@ static int choose_backend(void)
     return -1;
 }
 
-static int repeat(char **words)
-{
-    int status;
-
-    *plan = (struct plan){ .call = CALL_COUNT };
-    CHECK(run_in_child(false) == 0);
-    *plan = (struct plan){ .error = atoi(words[1]), .nth = (unsigned)atoi(words[2]) };
-    plan->onward = strcmp(words[3], "onward") == 0;
-    while (strcmp(calls[plan->call].name, words[0]) != 0)
-        plan->call++;
-    status = run_in_child(true);
-    say(status);
-    return status != 0;
-}
-
 int main(int argc, char **argv)
 {
     static const char command[] = "/proc/self/exe\0fetcher\0";
@@ -573,6 +401,8 @@ int main(int argc, char **argv)
     take_board();
     for (i = 0; i < sizeof scenarios / sizeof *scenarios; i++) {
         scenario = &scenarios[i];
+        series_scenario = scenario->name;
+        series_brief = scenario->remote; /* they wait for a deadline */
         if (one && strcmp(argv[2], scenario->name) == 0)
             return repeat(argv + 3);
         if (!one && (forks || (scenario->thorough && !scenario->forks)))

@@ -21,6 +21,7 @@
 #include "harness.h"
 #include "ledger.h"
 #include "pager.h"
+#include "pager_client.h"
 #include "pager_protocol.h"
 #include "space.h"
 #include "uffd.h"
@@ -253,39 +254,6 @@ static void test_any_bytes_may_be_given_for_a_ledger(void)
 }
 
 /* ---- clients ---- */
-
-static void send_descriptor(int to, int descriptor, const void *bytes, size_t length)
-{
-    char control[CMSG_SPACE(sizeof(int))] = { 0 };
-    struct iovec part = { .iov_base = (void *)(uintptr_t)bytes, .iov_len = length };
-    struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
-    struct cmsghdr *header;
-
-    if (descriptor >= 0) {
-        message.msg_control = control;
-        message.msg_controllen = sizeof control;
-        header = CMSG_FIRSTHDR(&message);
-        header->cmsg_level = SOL_SOCKET;
-        header->cmsg_type = SCM_RIGHTS;
-        header->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(header), &descriptor, sizeof descriptor);
-    }
-    CHECK(sendmsg(to, &message, 0) == (ssize_t)length);
-}
-
-static int receive_descriptor(int from, void *bytes, size_t length)
-{
-    char control[CMSG_SPACE(sizeof(int))] = { 0 };
-    struct iovec part = { .iov_base = bytes, .iov_len = length };
-    struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = control,
-                              .msg_controllen = sizeof control };
-    int descriptor = -1;
-
-    CHECK(recvmsg(from, &message, 0) == (ssize_t)length);
-    if (CMSG_FIRSTHDR(&message) != NULL)
-        memcpy(&descriptor, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof descriptor);
-    return descriptor;
-}
 
 static bool is_page(const unsigned char *at, uint64_t page)
 {
