@@ -273,6 +273,16 @@ static int fill(struct space *space, const struct lm_space_piece *piece, uint64_
     return error == -ENOMEM ? -EAGAIN : error; /* a touch waits for memory, as ever */
 }
 
+/* -EAGAIN, where there is no memory even for that: who touches it waits for some. */
+static int poison(struct space *space, uint64_t at, uint64_t length, uint64_t page)
+{
+    int error = lm_uffd_fill(space->fd, LM_UFFDIO_POISON, at, NULL, length, page);
+
+    error = error == -ENOMEM ? -EAGAIN : error;
+    space->failed += error == -EAGAIN ? 0 : length / page;
+    return error;
+}
+
 /* Several chunks together are what the last of these is that one of them is. */
 enum chunk_is { LM_CHUNK_ZEROS, LM_CHUNK_THERE, LM_CHUNK_BAD, LM_CHUNK_AWAY };
 
@@ -321,10 +331,8 @@ static int deliver_locked(struct space *space, struct lm_region *region, uint64_
         if (start >= stop)
             continue;
         error = what == LM_CHUNK_BAD ? -EIO : fill(space, piece, start, stop - start, what == LM_CHUNK_ZEROS);
-        if (error < 0 && error != -EAGAIN) { /* or it lies in memory of another kind than was said */
-            error = lm_uffd_fill(space->fd, LM_UFFDIO_POISON, start, NULL, stop - start, page);
-            space->failed += (stop - start) / page;
-        }
+        if (error < 0 && error != -EAGAIN) /* or it lies in memory of another kind than was said */
+            error = poison(space, start, stop - start, page);
         if (error == 0) /* else it would only fault again, for ever */
             wake(space, start, stop - start);
     }
@@ -531,8 +539,7 @@ static int take_fault_locked(struct space *space, const struct fault *fault, str
     if (piece == NULL) { /* what mremap added, or what we have lost track of: not the snapshot's bytes */
         page = lm_sys_page_size();
         at = fault->address & ~(page - 1);
-        error = lm_uffd_fill(space->fd, LM_UFFDIO_POISON, at, NULL, page, page);
-        space->failed += error != -EAGAIN;
+        error = poison(space, at, page, page);
         if (error == 0)
             wake(space, at, page);
         return error == -EAGAIN ? error : 0;
