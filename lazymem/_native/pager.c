@@ -19,6 +19,7 @@
 #define LM_PAGER_THREADS 64
 #define LM_BELL UINT32_MAX /* epoll tag; others are numbers of spaces */
 #define LM_MESSAGES LM_LEDGER_BATCH
+#define LM_STANDARD 2 /* the highest of the standard descriptors */
 #define LM_IDLE_MS 1000 /* how often it is looked for processes that are gone */
 #define LM_AGAIN_MS 2   /* and for what has to be tried again, if there is something */
 #define LM_ROUNDS 64    /* of reading events and trying again, before another space's turn comes */
@@ -48,6 +49,9 @@ struct space {
     bool armed; /* all of it is known: its faults may be read */
     bool left, gone;
     bool disbelieved; /* memory that nothing is known of may be registered: it is not to lose its userfaultfd */
+    /* Userfaultfds of children, whom there was no memory for: nothing more is read before they are spaces. */
+    int orphans[LM_MESSAGES];
+    unsigned orphan_count;
     struct lm_space_table table;
     struct lm_ledger ledger; /* what the table comes of, for the next pager */
     bool stale;              /* no longer: begin another one before events are read again */
@@ -121,7 +125,7 @@ static void leave(struct space *space)
     if (!last)
         return;
     lm_ledger_end(&space->ledger); /* before the number can be somebody else's */
-    lm_sys_close(space->fd);
+    lm_sys_close(space->fd); /* but no orphan's: its missing pages would read as zeros */
     lm_space_clear(&space->table);
     free(space->faults);
     pthread_mutex_destroy(&space->lock);
@@ -154,17 +158,18 @@ static void drop(struct space *space)
         leave(space);
 }
 
-/* fd is the space's from now on, whatever comes of it. The space is locked: others may find it already, and must
+/* fd is the space's from now on, unless there is none. The space is locked: others may find it already, and must
  * not take it for an empty one. */
 static int make_space(int fd, uint32_t parent, struct space **ret_space)
 {
     struct space *space = calloc(1, sizeof *space);
+    int error = space == NULL ? -ENOMEM : lm_sys_unblock(fd); /* else it would hold up whoever reads it */
 
-    /* A descriptor that blocks would hold up whoever reads it. */
-    if (space == NULL || lm_sys_unblock(fd) < 0 || lm_sys_identify(fd, &space->file) < 0) {
+    if (error == 0)
+        error = lm_sys_identify(fd, &space->file);
+    if (error < 0) {
         free(space);
-        lm_sys_close(fd);
-        return -ENOMEM;
+        return error;
     }
     pthread_mutex_init(&space->lock, NULL);
     pthread_mutex_lock(&space->lock);
@@ -385,28 +390,38 @@ static void disbelieve_locked(struct space *space)
     lm_space_clear(&space->table);
 }
 
-static int adopt_child_locked(struct space *parent, int fd)
+/* late: what its parent's memory showed then is not known any more. */
+static int adopt_child_locked(struct space *parent, int fd, bool late)
 {
     struct space *child;
-    int error;
+    int error = make_space(fd, parent->id, &child);
 
-    fd = lm_sys_above_standard(fd);
-    error = fd < 0 ? fd : make_space(fd, parent->id, &child);
     if (error < 0)
         return error;
     child->follows = parent->follows;
     child->disbelieved = parent->disbelieved;
     child->left = true; /* it has no connection */
     child->armed = true;
-    if (lm_space_copy(&child->table, &parent->table) < 0)
+    if (late || lm_space_copy(&child->table, &parent->table) < 0)
         disbelieve_locked(child);
     record_locked(child);
     unlock(child);
-    error = watch(child);
-    if (error < 0)
-        drop(child);
+    (void)watch(child); /* else it is looked at once a second, until it can be watched */
     leave(child);
-    return error;
+    return 0;
+}
+
+/* The child's userfaultfd, which nobody else has: while it is open, no missing page of the child's reads as zeros. */
+static void note_child_locked(struct space *parent, int fd)
+{
+    int higher = fd > LM_STANDARD ? fd : lm_sys_dup(fd);
+
+    if (higher >= 0 && higher != fd) {
+        lm_sys_close(fd);
+        fd = higher;
+    }
+    if (adopt_child_locked(parent, fd, false) < 0)
+        parent->orphans[parent->orphan_count++] = fd; /* no more than there are messages at a time */
 }
 
 static void note_locked(struct space *space, const struct lm_uffd_message *message)
@@ -414,7 +429,7 @@ static void note_locked(struct space *space, const struct lm_uffd_message *messa
     bool confused = false;
 
     if (message->event == LM_UFFD_EVENT_FORK)
-        (void)adopt_child_locked(space, (int)message->child);
+        note_child_locked(space, (int)message->child);
     else if (lm_ledger_note(&space->table, message, &confused) < 0)
         disbelieve_locked(space);
     space->disbelieved |= confused;
@@ -447,6 +462,11 @@ static void drain_locked(struct space *space)
     struct lm_uffd_message spare[LM_MESSAGES];
     int count, i;
 
+    while (space->orphan_count > 0) {
+        if (adopt_child_locked(space, space->orphans[space->orphan_count - 1], true) < 0)
+            return; /* it is tried again when spaces are looked at */
+        space->orphan_count--;
+    }
     do {
         struct lm_uffd_message *room = room_locked(space), *messages = room == NULL ? spare : room;
         bool counts;
@@ -466,7 +486,7 @@ static void drain_locked(struct space *space)
         }
         if (room != NULL && !counts)
             lm_ledger_discard(&space->ledger, count);
-    } while (count > 0);
+    } while (count > 0 && space->orphan_count == 0);
 }
 
 /* ---- faults ---- */
@@ -749,8 +769,11 @@ static void look_at_spaces(bool all)
 
         serve(space);
         if (all && pthread_mutex_trylock(&space->lock) == 0) {
-            over = lm_uffd_is_over(space->fd) ||
-                   (space->left && space->table.count == 0 && !space->disbelieved);
+            if (space->armed)
+                (void)watch(space); /* where there was no room for it before */
+            over = space->orphan_count == 0 &&
+                   (lm_uffd_is_over(space->fd) ||
+                    (space->left && space->table.count == 0 && !space->disbelieved));
             space->gone |= over;
             unlock(space);
         }
@@ -916,8 +939,10 @@ int lm_pager_open_space(int uffd, int agree, uint32_t *ret_space, uint32_t *ret_
     if (fd < 0)
         return fd;
     error = make_space(fd, 0, &space);
-    if (error < 0)
+    if (error < 0) {
+        lm_sys_close(fd);
         return error;
+    }
     space->follows = (features & LM_UFFD_FEATURE_EVENT_FORK) != 0;
     unlock(space);
     *ret_space = space->id;
