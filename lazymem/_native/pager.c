@@ -876,6 +876,8 @@ int lm_pager_start(int threads)
         error = lm_worker_init(&pager.workers[i]);
         if (error == 0)
             error = lm_sys_thread_start(&pager.threads[i], run, &pager.workers[i]);
+        if (error < 0)
+            lm_worker_destroy(&pager.workers[i]);
         pager.thread_count += error == 0;
     }
     if (error < 0)
