@@ -255,7 +255,7 @@ bool lm_uffd_is_over(int fd)
     return lm_sys_ioctl(fd, LM_UFFDIO_ZEROPAGE, &request) == -ESRCH;
 }
 
-/* The kernel looks for the range before it reads the source. */
+/* The kernel looks for the range before it has memory for a page, and then reads the source. */
 static int is_one_mapping(int fd, uintptr_t start, size_t length, const void *inaccessible)
 {
     struct lm_uffd_transfer request = { .to = start, .from = (uintptr_t)inaccessible, .length = length,
@@ -264,7 +264,7 @@ static int is_one_mapping(int fd, uintptr_t start, size_t length, const void *in
 
     if (error == -EAGAIN)
         return error;
-    return error == -EFAULT || error == -EEXIST;
+    return error == -EFAULT || error == -EEXIST || error == -ENOMEM;
 }
 
 int lm_uffd_is_registered(int fd, uintptr_t start, size_t length, const void *inaccessible)
