@@ -456,17 +456,25 @@ static bool have_event(const struct lm_uffd_message *messages, int count)
     return i < count;
 }
 
+/* False: there still is no memory for all of them. It is tried again when spaces are looked at. */
+static bool adopt_orphans_locked(struct space *space)
+{
+    while (space->orphan_count > 0) {
+        if (adopt_child_locked(space, space->orphans[space->orphan_count - 1], true) < 0)
+            return false;
+        space->orphan_count--;
+    }
+    return true;
+}
+
 /* Read all that the kernel has to say, and record it. */
 static void drain_locked(struct space *space)
 {
     struct lm_uffd_message spare[LM_MESSAGES];
     int count, i;
 
-    while (space->orphan_count > 0) {
-        if (adopt_child_locked(space, space->orphans[space->orphan_count - 1], true) < 0)
-            return; /* it is tried again when spaces are looked at */
-        space->orphan_count--;
-    }
+    if (!adopt_orphans_locked(space))
+        return;
     do {
         struct lm_uffd_message *room = room_locked(space), *messages = room == NULL ? spare : room;
         bool counts;
@@ -887,6 +895,21 @@ int lm_pager_start(int threads)
     return error;
 }
 
+/* Spaces are what the next pager is told of. */
+static void adopt_all_orphans(void)
+{
+    size_t count, i;
+    struct space **listed = list_spaces(true, &count);
+
+    for (i = 0; i < count; i++) {
+        pthread_mutex_lock(&listed[i]->lock);
+        (void)adopt_orphans_locked(listed[i]);
+        unlock(listed[i]);
+        leave(listed[i]);
+    }
+    free(listed);
+}
+
 void lm_pager_stop(void)
 {
     bool settling;
@@ -918,6 +941,7 @@ void lm_pager_stop(void)
         if (settling)
             lm_sys_pause(200);
     } while (settling);
+    adopt_all_orphans();
 }
 
 /* ---- what the control plane asks ---- */
