@@ -1032,7 +1032,7 @@ static int register_memory(const struct space *space, uint64_t address, uint64_t
         (void)lm_uffd_unregister(space->fd, address, length);
         return -EINVAL;
     }
-    if (!shared)
+    if (!shared && error == -EINVAL) /* it is anonymous; else that is not known */
         error = lm_uffd_register(space->fd, address, length, &ioctls);
     if (error == 0 && is_registered(space, address, length, page) == 0) {
         (void)lm_uffd_unregister(space->fd, address, length);
