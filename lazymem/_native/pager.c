@@ -1260,23 +1260,22 @@ static void report(struct space *space, lm_space_report *out)
 
 uint32_t lm_pager_spaces(lm_space_report *out, uint32_t capacity)
 {
-    uint32_t *ids = calloc(capacity + 1, sizeof *ids), count = 0, i, total;
+    uint32_t count = 0, i, total;
     struct space *space;
 
     pthread_mutex_lock(&pager.lock);
-    for (space = pager.spaces; space != NULL && ids != NULL && count < capacity; space = space->next)
-        ids[count++] = space->id;
+    for (space = pager.spaces; space != NULL && count < capacity; space = space->next)
+        out[count++].space = space->id;
     total = pager.space_count;
     pthread_mutex_unlock(&pager.lock);
     for (i = 0; i < count; i++) {
-        space = use(ids[i]);
+        space = use(out[i].space);
         out[i] = (lm_space_report){ .space = 0 }; /* it went meanwhile */
         if (space != NULL) {
             report(space, &out[i]);
             leave(space);
         }
     }
-    free(ids);
     return total;
 }
 
