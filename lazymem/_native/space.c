@@ -119,6 +119,9 @@ static int change(struct lm_space_table *table, uint64_t start, uint64_t end, bo
         last++;
     if (first == last)
         return 0;
+    if (unmapped && table->pieces[first].at >= start &&
+        table->pieces[last - 1].at + table->pieces[last - 1].length <= end)
+        return splice(table, first, last, NULL, 0); /* whole pieces: that cannot fail */
     if (first > 0)
         first--; /* the neighbours: what is zeros on both sides becomes one piece */
     if (last < table->count)
