@@ -21,7 +21,8 @@ static void run(bool armed);
 
 static const char *series_scenario; /* its name */
 static bool series_brief;  /* where calls fail from the n-th on: for n = 1 alone */
-static bool series_sparse; /* not for all n, the more seldom the higher: of calls that many threads make */
+static unsigned series_sparse; /* 0: for every n. Else, of calls that threads make again and again, each is the
+                                * one before and this part of it more */
 static int scribbled;      /* what stderr is */
 
 /* ---- what is left ---- */
@@ -134,7 +135,7 @@ static int run_series(enum call call, int error, bool onward)
     unsigned nth;
     int status;
 
-    for (nth = 1; nth <= SERIES_MOST; nth += series_sparse ? 1 + nth / 8 : 1) {
+    for (nth = 1; nth <= SERIES_MOST; nth += series_sparse > 0 ? 1 + nth / series_sparse : 1) {
         *plan = (struct plan){ .call = call, .error = error, .nth = nth, .onward = onward };
         status = run_in_child(true);
         if (status != 0) {
