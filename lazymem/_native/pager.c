@@ -388,6 +388,7 @@ static void disbelieve_locked(struct space *space)
     space->disbelieved = true;
     space->stale = true;
     lm_space_clear(&space->table);
+    wake(space, LM_LOWEST, LM_HIGHEST - LM_LOWEST); /* nothing is delivered to who waits for a chunk */
 }
 
 /* late: what its parent's memory showed then is not known any more. */
@@ -424,15 +425,26 @@ static void note_child_locked(struct space *parent, int fd)
         parent->orphans[parent->orphan_count++] = fd; /* no more than there are messages at a time */
 }
 
+/* Whoever waits at the addresses that an event is about may wait for a chunk that will not be delivered there any
+ * more: he faults again, and what lies there now is looked up. */
 static void note_locked(struct space *space, const struct lm_uffd_message *message)
 {
     bool confused = false;
 
-    if (message->event == LM_UFFD_EVENT_FORK)
+    if (message->event == LM_UFFD_EVENT_FORK) {
         note_child_locked(space, (int)message->child);
-    else if (lm_ledger_note(&space->table, message, &confused) < 0)
+        return;
+    }
+    if (lm_ledger_note(&space->table, message, &confused) < 0)
         disbelieve_locked(space);
-    space->disbelieved |= confused;
+    if (message->event == LM_UFFD_EVENT_REMAP)
+        wake(space, message->from, message->length);
+    else
+        wake(space, message->start, message->end - message->start);
+    if (confused) { /* nor is anything delivered where it was moved to */
+        space->disbelieved = true;
+        wake(space, message->to, message->length);
+    }
 }
 
 /* Where messages are to be read to. NULL: there is no memory for a ledger. */

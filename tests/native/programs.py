@@ -57,10 +57,10 @@ def core_objects(factory: pytest.TempPathFactory, sanitizer: str) -> list[Path]:
     return [folder / f"{name}.o" for name in sources]
 
 
-def wrapped() -> set[str]:
-    """What faults.h can make fail."""
-    text = (HERE / "faults.h").read_text("utf-8")
-    return set(re.findall(r"^\w+ \*?__wrap_(\w+)\(.*;$", text, re.M)) | set(
+def wrapped(*names: str) -> set[str]:
+    """What these files put between the core and what it calls, by the linker's --wrap."""
+    text = "\n".join((HERE / name).read_text("utf-8") for name in names)
+    return set(re.findall(r"^[\w ]+\*?__wrap_(\w+)\(.*;$", text, re.M)) | set(
         re.findall(r"^WRAP(?:_POINTER)?\(\w+, (\w+)", text, re.M)
     )
 
@@ -69,8 +69,8 @@ def program(factory: pytest.TempPathFactory, name: str, sanitizer: str) -> Path:
     """One of the C tests, linked with the core."""
     objects = core_objects(factory, sanitizer)
     flags = flags_of(sanitizer)
-    if name.endswith("failures"):
-        flags += [f"-Wl,--wrap={call}" for call in sorted(wrapped())]
+    files = [f"{name}.c", *(["faults.h"] if name.endswith("failures") else [])]
+    flags += [f"-Wl,--wrap={call}" for call in sorted(wrapped(*files))]
 
     def make(target: Path) -> None:
         command = ["cc", *flags, HERE / f"{name}.c", *objects, "-o", target, "-ldl", "-lm"]

@@ -16,6 +16,7 @@ from .programs import SANITIZERS, core_objects, program, wrapped
 PROGRAMS = (
     "test_uffd", "test_leaves", "test_trap", "test_engine", "test_engine sigsegv", "test_places",
     "test_fetch", "test_failures", "test_pager", "test_pager_failures",
+    "test_pager_moments",
 )  # fmt: skip
 # Failures one by one are of one thread; what they leave to other threads is test_engine's, test_fetch's and
 # test_pager's.
@@ -73,7 +74,7 @@ def test_every_call_into_the_system_can_be_made_to_fail(tmp_path_factory: pytest
             if not name.startswith("lm_") and not HARMLESS.match(name):
                 callers.setdefault(name, set()).add(compiled.name)
     assert "mmap" in callers
-    assert callers.keys() <= wrapped()
+    assert callers.keys() <= wrapped("faults.h")
     assert callers.pop("pthread_join") == {"engine.c.o", "attachment.c.o", "pager.c.o"}  # wrapped to be counted
     assert {name: callers.pop(name) for name in ALLOCATIONS} == ALLOCATIONS
     assert set().union(*callers.values()) == {"sys.c.o", "sys_pager.c.o", "spawn.c.o"}
