@@ -32,6 +32,7 @@ struct lm_attachment {
     struct packet hello, open, map;
     uint64_t address, length;
     int deadline_ms;
+    bool isolated; /* the thread has a table of descriptors of its own. Read once it is ready */
     _Atomic bool ready, leaving, ending, lost;
     _Atomic uint64_t adoptions;
 };
@@ -141,7 +142,7 @@ static void *keep(void *argument)
 {
     struct lm_attachment *attachment = argument;
 
-    (void)lm_sys_isolate_descriptors(attachment->socket, attachment->uffd);
+    attachment->isolated = lm_sys_isolate_descriptors(attachment->socket, attachment->uffd) == 0;
     atomic_store(&attachment->ready, true);
     while (!atomic_load(&attachment->ending)) {
         uint64_t until;
@@ -187,7 +188,7 @@ int lm_attachment_start(const lm_attachment_spec *spec, lm_attachment **ret_atta
     struct lm_attachment *attachment;
     lm_pager_ask head;
     void *memory;
-    int error;
+    int error, socket, uffd;
 
     if (strlen(spec->path) >= sizeof attachment->path || spec->map_length < sizeof head)
         return -ENAMETOOLONG;
@@ -209,21 +210,22 @@ int lm_attachment_start(const lm_attachment_spec *spec, lm_attachment **ret_atta
     memcpy(&head, attachment->map.bytes, sizeof head);
     head.flags |= LM_PAGER_ADOPT;
     memcpy(attachment->map.bytes, &head, sizeof head);
-    attachment->socket = error < 0 ? error : lm_sys_dup(spec->socket);
-    attachment->uffd = attachment->socket < 0 ? attachment->socket : lm_sys_dup(spec->uffd);
-    error = attachment->uffd < 0 ? attachment->uffd
-                                 : lm_sys_thread_start(&attachment->thread, keep, attachment);
+    attachment->socket = socket = error < 0 ? error : lm_sys_dup(spec->socket);
+    attachment->uffd = uffd = socket < 0 ? socket : lm_sys_dup(spec->uffd);
+    error = uffd < 0 ? uffd : lm_sys_thread_start(&attachment->thread, keep, attachment);
     if (error < 0) {
-        if (attachment->socket >= 0)
-            lm_sys_close(attachment->socket);
-        if (attachment->uffd >= 0)
-            lm_sys_close(attachment->uffd);
+        lm_sys_close(socket);
+        lm_sys_close(uffd);
         lm_sys_free(attachment, sizeof *attachment);
         return error;
     }
     /* Not a moment without it: the caller may close everything as soon as it has the memory. */
     while (!atomic_load(&attachment->ready))
         lm_sys_pause(50);
+    if (attachment->isolated) { /* the thread has its own */
+        lm_sys_close(socket);
+        lm_sys_close(uffd);
+    }
     lm_sys_close(spec->socket);
     lm_sys_close(spec->uffd);
     *ret_attachment = attachment;

@@ -129,11 +129,19 @@ int lm_sys_exchange(int fd, const void *question, size_t length, int descriptor,
     return got < 0 ? -errno : (int)got;
 }
 
+void lm_sys_pause(int us)
+{
+    (void)usleep((useconds_t)us);
+}
+
 static int poll_one(int fd, short events, int timeout_ms)
 {
     struct pollfd one = { .fd = fd, .events = events };
+    int ready = poll(&one, 1, timeout_ms);
 
-    return poll(&one, 1, timeout_ms) > 0 ? one.revents : 0;
+    if (ready < 0) /* at once; and who asks, asks again */
+        lm_sys_pause(1000);
+    return ready > 0 ? one.revents : 0;
 }
 
 bool lm_sys_has_hung_up(int fd, int timeout_ms)
@@ -144,11 +152,6 @@ bool lm_sys_has_hung_up(int fd, int timeout_ms)
 void lm_sys_await_input(int fd, int timeout_ms)
 {
     (void)poll_one(fd, POLLIN, timeout_ms);
-}
-
-void lm_sys_pause(int us)
-{
-    (void)usleep((useconds_t)us);
 }
 
 /* ---- a process that shares this one's descriptors ---- */

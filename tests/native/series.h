@@ -124,7 +124,8 @@ static void say(int status)
     ssize_t length = pread(scribbled, text, sizeof text - 1, 0);
 
     text[length < 0 ? 0 : length] = '\0';
-    printf("one %s %s %d %u %s: status %x\n%s", series_scenario, calls[plan->call].name, plan->error, plan->nth,
+    printf("one %s %s %d %u %s: status %x\n%s", series_scenario,
+           plan->call == CALL_COUNT ? "none" : calls[plan->call].name, plan->error, plan->nth,
            plan->onward ? "onward" : "once", (unsigned)status, text);
     fflush(stdout);
 }
