@@ -253,8 +253,14 @@ int lm_sys_start_twin(enum lm_worth (*worth_of)(int))
     if (self < 0)
         return -errno;
     pid = syscall(SYS_clone, CLONE_FILES | SIGCHLD, NULL, NULL, NULL, NULL);
-    if (pid != 0)
-        return pid < 0 ? -errno : (int)pid;
+    if (pid < 0) {
+        int error = -errno;
+
+        lm_sys_close(self);
+        return error;
+    }
+    if (pid > 0)
+        return (int)pid;
     (void)setsid();
     (void)prctl(PR_SET_NAME, "lazymem twin", 0, 0, 0);
     ignore_polite_signals();

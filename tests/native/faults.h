@@ -84,6 +84,9 @@
     X(socket, EMFILE, ENOMEM)                                                                             \
     X(setsockopt, ENOMEM)                                                                                 \
     X(connect, ECONNREFUSED, EAGAIN, EINTR)                                                               \
+    X(accept4, EMFILE, EAGAIN)                                                                            \
+    X(getsockopt, ENOBUFS)                                                                                \
+    X(getsockname, ENOBUFS)                                                                               \
     X(opendir, EMFILE, ENOMEM)
 
 #define NAME_IT(name, ...) CALL_##name,
@@ -162,6 +165,10 @@ WRAP(int, socket, CALL_socket, (int family, int type, int protocol), family, typ
 WRAP(int, setsockopt, CALL_setsockopt, (int fd, int level, int name, const void *value, socklen_t length), fd, level, name,
      value, length)
 WRAP(int, connect, CALL_connect, (int fd, const struct sockaddr *to, socklen_t length), fd, to, length)
+WRAP(int, accept4, CALL_accept4, (int fd, struct sockaddr *out, socklen_t *length, int flags), fd, out, length, flags)
+WRAP(int, getsockopt, CALL_getsockopt, (int fd, int level, int name, void *out, socklen_t *length), fd, level, name, out,
+     length)
+WRAP(int, getsockname, CALL_getsockname, (int fd, struct sockaddr *out, socklen_t *length), fd, out, length)
 WRAP(int, execve, CALL_execve, (const char *path, char *const argv[], char *const envp[]), path, argv, envp)
 
 #define WRAP_POINTER(type, name, call, parameters, ...)  \

@@ -16,7 +16,7 @@ from .programs import SANITIZERS, core_objects, program, wrapped
 PROGRAMS = (
     "test_uffd", "test_leaves", "test_trap", "test_engine", "test_engine sigsegv", "test_places",
     "test_fetch", "test_failures", "test_pager", "test_pager_failures",
-    "test_pager_moments", "test_attachment_failures",
+    "test_pager_moments", "test_attachment_failures", "test_twin_failures",
 )  # fmt: skip
 # Failures one by one are of one thread; what they leave to other threads is test_engine's, test_fetch's and
 # test_pager's.
@@ -56,7 +56,7 @@ HARMLESS = re.compile(
     r"_|mem|str|snprintf$|pthread_(mutex|cond|condattr|attr|rwlock|rwlockattr)_|pthread_(sigmask|atfork)$|ldexpf$"
     r"|sig(fillset|emptyset|addset|delset|action)$"
     r"|(close|shutdown|munlock|msync|setsid|kill|abort|getpid|sigprocmask|sysconf|clock_gettime|sched_yield|usleep|sleep)$"
-    r"|(free|readdir|closedir|dirfd)$"
+    r"|(free|readdir|closedir|dirfd|unlink|geteuid)$"
     r"|dl(open|sym)$"
 )
 
