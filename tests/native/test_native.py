@@ -62,7 +62,11 @@ HARMLESS = re.compile(
 
 
 # Only a pager has any, for what it knows of others' memory.
-ALLOCATIONS = {"malloc": {"pager.c.o", "space.c.o"}, "calloc": {"pager.c.o"}, "realloc": {"pager.c.o", "space.c.o"}}
+ALLOCATIONS = {
+    "malloc": {"pager.c.o", "space.c.o"},
+    "calloc": {"pager.c.o"},
+    "realloc": {"pager.c.o", "space.c.o"},
+}
 
 
 def test_every_call_into_the_system_can_be_made_to_fail(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -75,7 +79,8 @@ def test_every_call_into_the_system_can_be_made_to_fail(tmp_path_factory: pytest
                 callers.setdefault(name, set()).add(compiled.name)
     assert "mmap" in callers
     assert callers.keys() <= wrapped("faults.h")
-    assert callers.pop("pthread_join") == {"engine.c.o", "attachment.c.o", "pager.c.o"}  # wrapped to be counted
+    # Wrapped to be counted.
+    assert callers.pop("pthread_join") == {"engine.c.o", "attachment.c.o", "pager.c.o"}
     assert {name: callers.pop(name) for name in ALLOCATIONS} == ALLOCATIONS
     assert set().union(*callers.values()) == {"sys.c.o", "sys_pager.c.o", "spawn.c.o"}
 

@@ -7,7 +7,8 @@
  * had been, and nothing is left behind.
  *
  * How runs are made: series.h. Clients are made before any thread; nothing fails in them. Argument "fork" has calls
- * fail from the n-th on, too, and with each error. "one pager CALL ERROR NTH once|onward" repeats what a failure printed.
+ * fail from the n-th on, too, and with each error. "one pager CALL ERROR NTH once|onward" repeats what a failure
+ * printed.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>

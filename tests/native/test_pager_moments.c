@@ -217,7 +217,8 @@ static void start_client(struct client *client, bool threads)
 {
     int pairs[2][2];
 
-    CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pairs[0]) == 0 && socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pairs[1]) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pairs[0]) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pairs[1]) == 0);
     client->pid = fork();
     CHECK(client->pid >= 0);
     if (client->pid == 0)
