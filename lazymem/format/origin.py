@@ -150,45 +150,46 @@ def check_extents(url: str, origin: Origin | None, extents: NDArray[np.void], co
             raise damaged(url, field, "is there but section CONT is not")
         return
     files = extents["file"].astype(np.int64)
-    if np.any(extents["reserved"]):
+    if extents["reserved"].any():
         raise damaged(url, field, "has reserved bytes that are not zero")
-    if np.any(files >= len(origin.files)):
+    if (files >= len(origin.files)).any():
         raise damaged(url, field, f"counts more files than the {len(origin.files)} of section CONT")
     start, length = extents["content_offset"], extents["length"]
     limit = np.uint64(content_size)
-    if np.any(start > limit) or np.any(length > limit - np.minimum(start, limit)):
+    if (start > limit).any() or (length > limit - np.minimum(start, limit)).any():
         raise damaged(url, field, "reaches beyond the content")
     sizes = np.array([file.size for file in origin.files], np.uint64)
+    file_offset, file_size = extents["file_offset"], sizes[files]
+    if (file_offset > file_size).any() or (length > file_size - np.minimum(file_offset, file_size)).any():
+        raise damaged(url, field, "reaches beyond the end of a file")
+    same = files[1:] == files[:-1]
+    if ((files[1:] < files[:-1]) | (same & (file_offset[1:] <= file_offset[:-1]))).any():
+        raise damaged(url, field, "is not sorted by file and file_offset")
+
+    owner, begin, end = files, file_offset, file_offset + length
     members = [
-        (number, member.file_offset, member.stored_length)
+        (number, member.file_offset, member.file_offset + member.stored_length)
         for number, file in enumerate(origin.files)
         for member in file.deflated
     ]
-    extra = np.array(members, np.uint64).reshape(-1, 3)
-    file_offset, file_size = extents["file_offset"], sizes[files]
-    if np.any(file_offset > file_size) or np.any(length > file_size - np.minimum(file_offset, file_size)):
-        raise damaged(url, field, "reaches beyond the end of a file")
-    if len(extents) > 1:
-        step = np.diff(files)
-        if np.any(step < 0) or np.any((step == 0) & (file_offset[1:] <= file_offset[:-1])):
-            raise damaged(url, field, "is not sorted by file and file_offset")
-
-    owner = np.concatenate([files.astype(np.uint64), extra[:, 0]])
-    begin = np.concatenate([file_offset, extra[:, 1]])
-    end = begin + np.concatenate([length, extra[:, 2]])
-    order = np.lexsort((end, begin, owner))
-    owner, begin, end = owner[order], begin[order], end[order]
-    same = owner[1:] == owner[:-1]
-    if np.any(same & (begin[1:] < end[:-1])):
+    if members:
+        extra = np.array(members, np.uint64)
+        owner = np.concatenate([owner, extra[:, 0].astype(np.int64)])
+        begin, end = np.concatenate([begin, extra[:, 1]]), np.concatenate([end, extra[:, 2]])
+        order = np.lexsort((end, begin, owner))
+        owner, begin, end = owner[order], begin[order], end[order]
+        same = owner[1:] == owner[:-1]
+    if (same & (begin[1:] < end[:-1])).any():
         raise damaged(url, field, "has extents of one file that overlap")
     if not origin.exact:
         return
-    gaps = bool(np.any(same & (begin[1:] != end[:-1])))
+    gaps = bool((same & (begin[1:] != end[:-1])).any())
+    covered: set[int] = set()
     if len(owner):
-        first = np.concatenate([[True], ~same])
-        last = np.concatenate([~same, [True]])
-        gaps = gaps or bool(np.any(begin[first] != 0)) or bool(np.any(end[last] != sizes[owner[last]]))
-    covered = set(np.flatnonzero(np.bincount(owner, minlength=1)).tolist())
+        turns = np.flatnonzero(~same).tolist()  # rows after which another file begins
+        firsts, lasts = [0, *(row + 1 for row in turns)], [*turns, len(owner) - 1]
+        gaps = gaps or bool(begin[firsts].any() or (end[lasts] != sizes[owner[lasts]]).any())
+        covered = set(owner[lasts].tolist())
     missing = any(file.size and number not in covered for number, file in enumerate(origin.files))
     if gaps or missing:
         raise damaged(url, field, "leaves bytes of a file uncovered")

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import zstandard
 
@@ -41,8 +41,7 @@ def unsupported(url: str, field: str, what: str) -> UnsupportedFormat:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(NamedTuple):
     """One entry of the directory. offset: from the start of the file, for hot sections too."""
 
     id: str
@@ -117,9 +116,7 @@ def parse_directory(url: str, index: bytes, index_offset: int) -> dict[str, Sect
 
     sections: dict[str, Section] = {}
     unknown: set[str] = set()
-    for i in range(count):
-        start = head_size + i * structs.SECTION.size
-        entry = structs.SECTION.unpack(index[start : start + structs.SECTION.size])
+    for entry in structs.SECTION.unpack_all(index[head_size:body]):
         section = _parse_entry(url, entry, body, len(index), index_offset)
         if section.id in sections:
             raise damaged(url, f"section {section.id}", "stands in the index twice")

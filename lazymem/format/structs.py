@@ -7,6 +7,7 @@ tests/unit/test_format_spec.py compares every table here with its table in FORMA
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +22,10 @@ TAIL_MAGIC: Final = b"LZMTAIL\n"
 INDEX_MAGIC: Final = b"LZMINDEX"
 
 
+#: A field's type in numpy's words, and in those of `struct`, which is ten times as fast for one record.
+_STRUCT_CODES: Final = {"u1": "B", "<u2": "H", "<u4": "I", "<u8": "Q"}
+
+
 class Table:
     """One byte table: field names, offsets and sizes, and the numpy dtype made of them."""
 
@@ -28,6 +33,8 @@ class Table:
         self.dtype: np.dtype[Any] = np.dtype(fields)  # packed: numpy adds no padding by default
         self.size: int = self.dtype.itemsize
         self._names = [name for name, _ in fields]
+        codes = [f"{kind[1:]}s" if kind[0] == "V" else _STRUCT_CODES[kind] for _, kind in fields]
+        self._struct = struct.Struct("<" + "".join(codes))  # "<": packed, too
 
     def pack(self, **values: object) -> bytes:
         """One record; fields not given are zeros."""
@@ -40,12 +47,12 @@ class Table:
         """One record as Python integers and bytes. `data` must be exactly `size` bytes."""
         if len(data) != self.size:
             raise ValueError(f"{len(data)} bytes for a record of {self.size}")
-        record = np.frombuffer(data, self.dtype)[0]
-        # A void field keeps its trailing zeros; numpy's S type would strip them.
-        return {
-            name: record[name].tobytes() if self.dtype[name].kind == "V" else int(record[name])
-            for name in self._names
-        }
+        return dict(zip(self._names, self._struct.unpack(data), strict=True))
+
+    def unpack_all(self, data: bytes | memoryview) -> Iterator[dict[str, Any]]:
+        """Records one after another, each as `unpack` gives it. `data`: a multiple of `size` bytes."""
+        for values in self._struct.iter_unpack(data):
+            yield dict(zip(self._names, values, strict=True))
 
 
 HEAD: Final = Table(
