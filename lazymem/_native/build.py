@@ -25,6 +25,7 @@ SOURCES = (
     "planes.c",
     "cast.c",
     "table.c",
+    "index.c",
     "pieces.c",
     "queue.c",
     "arena.c",

@@ -77,6 +77,58 @@ typedef struct {
     uint64_t checksum;      /* XXH3-64 of the stored bytes */
 } lm_chunk_record;
 
+/* ---- the rules of an index's tables, which are the file's own records, too ---- */
+typedef struct {
+    uint64_t offset; /* in the content */
+    uint64_t nbytes;
+    uint32_t name_offset;
+    uint32_t name_length;
+    uint32_t shape_offset; /* in dimensions */
+    uint32_t dtype;
+    uint8_t ndim;
+    uint8_t flags;
+    uint8_t reserved[6];
+} lm_array_row;
+
+typedef struct {
+    uint32_t file;
+    uint32_t reserved;
+    uint64_t file_offset;
+    uint64_t content_offset;
+    uint64_t length;
+} lm_extent_row;
+
+#define LM_INDEX_HEAD_SIZE   64
+#define LM_INDEX_MAX_SOURCES 17 /* the file itself, and 16 bases */
+#define LM_INDEX_MAX_NDIM    64
+#define LM_INDEX_MAX_NAME    65535
+#define LM_INDEX_MAX_SIZE    0x4000000000000000
+#define LM_INDEX_ARRAY_FLAGS 3
+#define LM_INDEX_WHOLE       0xFFFFFFFFFFFFFFFF /* the table, and no one row */
+
+typedef struct {
+    uint64_t row;
+    int is_newer; /* what a later version may know, nothing that is damaged */
+} lm_index_fault;
+
+/* Each returns NULL if the table keeps the rules of FORMAT.md; else what the first bad row does wrong, the end
+ * of a sentence, and *ret_fault, which is zeros before. */
+const char *lm_index_check_runs(const lm_run *runs, uint64_t count, uint64_t chunk_count, uint64_t record_count,
+                                lm_index_fault *ret_fault);
+/* last_length: of the last record's chunk. ends: where the chunks of each source end. ret_in_order: records of a
+ * source follow one another; whether some overlap is the caller's to find where they do not. */
+const char *lm_index_check_records(const lm_chunk_record *records, uint64_t count, uint32_t chunk_size,
+                                   uint32_t last_length, const uint64_t *ends, uint64_t source_count,
+                                   int *ret_in_order, lm_index_fault *ret_fault);
+const char *lm_index_check_arrays(const lm_array_row *arrays, uint64_t count, const uint64_t *shapes,
+                                  uint64_t shape_count, const uint64_t *item_sizes, uint64_t dtype_count,
+                                  uint64_t name_bytes, uint64_t content_size, lm_index_fault *ret_fault);
+/* members: deflated ones, which cover bytes of files as extents do; checked to lie in their files, and sorted by
+ * file, file_offset and length. sizes: of the files. */
+const char *lm_index_check_extents(const lm_extent_row *extents, uint64_t count, const lm_extent_row *members,
+                                   uint64_t member_count, const uint64_t *sizes, uint64_t file_count,
+                                   uint64_t content_size, int is_exact, lm_index_fault *ret_fault);
+
 /* ---- codecs: function pointers of the wheels, or of the system's libraries ---- */
 #define LM_FN_ZSTD_CREATE     0 /* ZSTD_createDCtx */
 #define LM_FN_ZSTD_FREE       1 /* ZSTD_freeDCtx */

@@ -22,7 +22,7 @@ from ..errors import FormatError
 from ..views import View
 from . import structs
 from .layers import Base, parse_bases
-from .origin import Origin, check_extents, parse_origin
+from .origin import Origin, parse_origin
 from .sections import (
     Section,
     damaged,
@@ -31,7 +31,7 @@ from .sections import (
     parse_directory,
     unsupported,
 )
-from .tables import check_arrays, check_records, check_runs, split_names
+from .tables import check_arrays, check_extents, check_records, check_runs, split_names
 from .views import parse_views
 
 #: (offset, length) -> exactly those bytes of the file.
@@ -368,7 +368,7 @@ class _Parser:
         return decode_json(self._url, section_id, raw, kind)
 
     def parse(self, features: tuple[str, ...]) -> SnapshotIndex:
-        url, tail = self._url, self._tail
+        url, tail, raw = self._url, self._tail, self._raw
         content_size, chunk_size = tail["content_size"], tail["chunk_size"]
         chunk_count = -(-content_size // chunk_size)
 
@@ -376,24 +376,25 @@ class _Parser:
         chunks_end = min([tail["index_offset"], *(s.offset for s in cold.values())])
         runs = self._table("RUNS", structs.RUN.dtype)
         records = self._table("CHNK", structs.CHUNK.dtype)
-        check_runs(url, runs, len(records), chunk_count)
+        check_runs(url, raw["RUNS"], len(records), chunk_count)
         stored_last = len(runs) and runs["first_record"][-1] != structs.ZERO_RUN
         tail_length = content_size - (chunk_count - 1) * chunk_size
         bases = parse_bases(url, self._json("SRCS", list) or [])
         if bool(bases) != bool(tail["incompatible"] & structs.LAYERS):
             raise damaged(url, "section SRCS", "and the feature bit `layers` do not agree")
         ends = [chunks_end, *(base.size - structs.TAIL.size for base in bases)]
-        check_records(url, records, chunk_size, tail_length if stored_last else chunk_size, ends)
+        last_length = tail_length if stored_last else chunk_size
+        check_records(url, raw["CHNK"], records, chunk_size, last_length, ends)
         digests = cold.get("CDIG")
         if digests is not None and digests.raw_length != len(records) * structs.DIGEST_SIZE:
             raise damaged(url, "section CDIG", f"is not {structs.DIGEST_SIZE} bytes for each record")
 
         arrays = self._table("ARRS", structs.ARRAY.dtype)
         shapes = self._table("SHAP", np.dtype("<u8"))
-        name_bytes = self._table("NAME", np.dtype("u1")).tobytes()
+        name_bytes = raw["NAME"] = self._load("NAME") or b""
         dtypes = self._dtypes(len(arrays))
-        itemsizes = np.array([dtype.itemsize for dtype in dtypes], np.uint64)
-        check_arrays(url, arrays, shapes, itemsizes, len(name_bytes), content_size)
+        item_sizes = [dtype.itemsize for dtype in dtypes]
+        check_arrays(url, raw["ARRS"], raw["SHAP"], item_sizes, len(name_bytes), content_size)
         names = split_names(url, arrays, name_bytes)
         visible = np.flatnonzero((arrays["flags"] & structs.HIDDEN) == 0).tolist()
         views = parse_views(url, self._json("VIEW", list), names, arrays["nbytes"])
@@ -402,7 +403,7 @@ class _Parser:
         container = self._json("CONT", dict)
         origin = None if container is None else parse_origin(url, container, content_size)
         extents = self._table("EXTN", structs.EXTENT.dtype)
-        check_extents(url, origin, extents, content_size)
+        check_extents(url, origin, raw["EXTN"], content_size)
         tool = self._json("TOOL", dict) or {}
         created_by = tool.get("created_by")
         return SnapshotIndex(

@@ -11,9 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .sections import damaged
 
 _MAX_SIZE: Final = 1 << 63
@@ -87,7 +84,7 @@ def unsafe_name(name: str) -> str | None:
 
 
 def parse_origin(url: str, value: Mapping[str, Any], content_size: int) -> Origin:
-    """Section CONT, checked on its own; `check_extents` holds it against EXTN."""
+    """Section CONT, checked on its own; tables.py holds EXTN against it."""
     form, exact, reason = value.get("format"), value.get("exact"), value.get("reason")
     files = value.get("files")
     if not isinstance(form, str) or not isinstance(exact, bool) or not isinstance(files, list):
@@ -140,56 +137,3 @@ def _parse_deflated(url: str, entry: object, size: int, content_size: int) -> De
         start = _integer(url, "an extent's content_offset", pair[0], content_size)
         extents.append((start, _integer(url, "an extent's length", pair[1], content_size - start)))
     return DeflatedMember(offset, stored, level, tuple(extents))
-
-
-def check_extents(url: str, origin: Origin | None, extents: NDArray[np.void], content_size: int) -> None:
-    """Hold EXTN against CONT: ranges, order, and, for an exact container, full coverage."""
-    field = "section EXTN"
-    if origin is None:
-        if len(extents):
-            raise damaged(url, field, "is there but section CONT is not")
-        return
-    files = extents["file"].astype(np.int64)
-    if extents["reserved"].any():
-        raise damaged(url, field, "has reserved bytes that are not zero")
-    if (files >= len(origin.files)).any():
-        raise damaged(url, field, f"counts more files than the {len(origin.files)} of section CONT")
-    start, length = extents["content_offset"], extents["length"]
-    limit = np.uint64(content_size)
-    if (start > limit).any() or (length > limit - np.minimum(start, limit)).any():
-        raise damaged(url, field, "reaches beyond the content")
-    sizes = np.array([file.size for file in origin.files], np.uint64)
-    file_offset, file_size = extents["file_offset"], sizes[files]
-    if (file_offset > file_size).any() or (length > file_size - np.minimum(file_offset, file_size)).any():
-        raise damaged(url, field, "reaches beyond the end of a file")
-    same = files[1:] == files[:-1]
-    if ((files[1:] < files[:-1]) | (same & (file_offset[1:] <= file_offset[:-1]))).any():
-        raise damaged(url, field, "is not sorted by file and file_offset")
-
-    owner, begin, end = files, file_offset, file_offset + length
-    members = [
-        (number, member.file_offset, member.file_offset + member.stored_length)
-        for number, file in enumerate(origin.files)
-        for member in file.deflated
-    ]
-    if members:
-        extra = np.array(members, np.uint64)
-        owner = np.concatenate([owner, extra[:, 0].astype(np.int64)])
-        begin, end = np.concatenate([begin, extra[:, 1]]), np.concatenate([end, extra[:, 2]])
-        order = np.lexsort((end, begin, owner))
-        owner, begin, end = owner[order], begin[order], end[order]
-        same = owner[1:] == owner[:-1]
-    if (same & (begin[1:] < end[:-1])).any():
-        raise damaged(url, field, "has extents of one file that overlap")
-    if not origin.exact:
-        return
-    gaps = bool((same & (begin[1:] != end[:-1])).any())
-    covered: set[int] = set()
-    if len(owner):
-        turns = np.flatnonzero(~same).tolist()  # rows after which another file begins
-        firsts, lasts = [0, *(row + 1 for row in turns)], [*turns, len(owner) - 1]
-        gaps = gaps or bool(begin[firsts].any() or (end[lasts] != sizes[owner[lasts]]).any())
-        covered = set(owner[lasts].tolist())
-    missing = any(file.size and number not in covered for number, file in enumerate(origin.files))
-    if gaps or missing:
-        raise damaged(url, field, "leaves bytes of a file uncovered")

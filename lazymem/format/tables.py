@@ -1,191 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validity of the big tables RUNS, CHNK, ARRS, NAME and SHAP. Owns every check on their numbers.
-
-A snapshot may have millions of rows, so the checks are numpy expressions. All columns are unsigned;
-each sum is preceded by the comparison that keeps it from wrapping.
+"""Validity of the tables RUNS, CHNK, ARRS, NAME, SHAP and EXTN: asks the core (_native/index.c), and puts
+what it finds into the one sentence for a damaged file. Owns the names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .._native import index as native
 from ..errors import FormatError
 from . import structs
+from .origin import Origin
 from .sections import damaged, unsupported
 
-_Mask = NDArray[np.bool_]
+
+def _refuse(url: str, section: str, fault: native.Fault | None, table: structs.Table, raw: bytes) -> None:
+    if fault is None:
+        return
+    field, what = f"section {section}", fault.what
+    if fault.row is not None:
+        row = table.unpack(raw[fault.row * table.size : (fault.row + 1) * table.size])
+        field, what = f"{field} row {fault.row}", f"{what} ({row})"
+    raise (unsupported if fault.is_newer else damaged)(url, field, what)
 
 
-_IS_PLANE_WIDTH: Final = np.array([width in structs.PLANE_WIDTHS for width in range(256)])
-
-
-def _first(mask: _Mask) -> int | None:
-    """Row of the first True, or None."""
-    if not len(mask):
-        return None
-    row = int(mask.argmax())
-    return row if mask[row] else None
-
-
-def check_runs(url: str, runs: NDArray[np.void], record_count: int, chunk_count: int) -> None:
+def check_runs(url: str, runs: bytes, record_count: int, chunk_count: int) -> None:
     """Runs follow one another, cover all chunks, and use the records in order, each once."""
-    field = "section RUNS"
-    count = runs["count"]
-    row = _first((count < 1) | (count > chunk_count))
-    if row is not None:
-        raise damaged(url, field, f"has run {row} of {count[row]} chunks, where there are {chunk_count}")
-    # No wrap: fewer than 2^40 rows fit into any file, and no count exceeds 2^30.
-    ends = np.cumsum(count, dtype=np.uint64)
-    begins = ends - count
-    row = _first(runs["first_chunk"] != begins)
-    if row is not None:
-        raise damaged(url, field, f"has run {row} at chunk {runs['first_chunk'][row]}, not {begins[row]}")
-    total = int(ends[-1]) if len(ends) else 0
-    if total != chunk_count:
-        raise damaged(url, field, f"covers {total} chunks, where the content has {chunk_count}")
-    stored = runs[runs["first_record"] != structs.ZERO_RUN]
-    ends = np.cumsum(stored["count"], dtype=np.uint64)
-    row = _first(stored["first_record"] != ends - stored["count"])
-    if row is not None:
-        raise damaged(url, field, f"uses record {stored['first_record'][row]} out of order")
-    used = int(ends[-1]) if len(ends) else 0
-    if used != record_count:
-        raise damaged(url, field, f"uses {used} records, where section CHNK has {record_count}")
+    _refuse(url, "RUNS", native.check_runs(runs, chunk_count, record_count), structs.RUN, runs)
 
 
 def check_records(
-    url: str, records: NDArray[np.void], chunk_size: int, last_length: int, ends: Sequence[int]
+    url: str, raw: bytes, records: NDArray[np.void], chunk_size: int, last_length: int, ends: Sequence[int]
 ) -> None:
     """Each record decodes to a chunk of known size from bytes between the head and the end of its source.
 
-    last_length: uncompressed length of the chunk that the last record holds. ends: of the stored chunks, in
-    this file and in each of its bases.
+    raw: the bytes of `records`. last_length: uncompressed length of the chunk that the last record holds.
+    ends: of the stored chunks, in this file and in each of its bases.
     """
-    field = "section CHNK"
-    if not len(records):
+    fault, in_order = native.check_records(raw, chunk_size, last_length, ends)
+    _refuse(url, "CHNK", fault, structs.CHUNK, raw)
+    if in_order:  # what the writer makes; spares the sort
         return
-    lengths = np.full(len(records), chunk_size, np.uint32)
-    lengths[-1] = last_length
-    stored, codec, kind = records["stored_length"], records["codec"], records["filter"]
-    row = _first(codec > structs.ZSTD)
-    if row is not None:
-        raise unsupported(url, f"{field} record {row}", f"has codec {codec[row]}")
-    row = _first(kind > structs.FILTER_FLOAT_PLANES)
-    if row is not None:
-        raise unsupported(url, f"{field} record {row}", f"has filter {kind[row]}")
-
-    def refuse(mask: _Mask, what: str) -> None:
-        row = _first(mask)
-        if row is not None:
-            raise damaged(url, f"{field} record {row}", f"{what} ({records[row].item()})")
-
-    refuse(records["flags"] != 0, "has flags that no file may have")
-    source = records["source"]
-    refuse(source >= len(ends), "names a source that section SRCS lacks")
-    refuse((records["reserved0"] != 0) | (records["reserved1"] != 0), "has reserved bytes that are not zero")
-    planes = kind != structs.FILTER_NONE
-    refuse(planes & ~_IS_PLANE_WIDTH[records["width"]], "has an impossible plane width")
-    refuse(~planes & (records["width"] != 0), "has a plane width but no planes")
-    refuse((stored < 1) | (stored > lengths), "has an impossible stored_length")
-    raw = codec == structs.RAW
-    refuse(raw & (stored != lengths), "is raw but not of its chunk's length")
-    refuse(raw & planes, "is raw but has byte planes")
-    offset, end = records["offset"], np.array(ends, np.uint64)[source]
-    refuse((offset < structs.HEAD.size) | (offset > end), "lies outside the file's chunks")
-    # offset <= end < 2^63 and stored < 2^32, so the sum does not wrap.
-    refuse(offset + stored > end, "reaches beyond the file's chunks")
-    for number in range(len(ends)):
-        rows = np.flatnonzero(source == number) if len(ends) > 1 else slice(None)
-        _check_disjoint(url, field, offset[rows], (offset + stored)[rows])
+    for source in range(len(ends)):
+        rows = np.flatnonzero(records["source"] == source)
+        begin, length = records["offset"][rows], records["stored_length"][rows]
+        _check_disjoint(url, rows, begin, begin + length)
 
 
-def _check_disjoint(url: str, field: str, begin: NDArray[np.uint64], end: NDArray[np.uint64]) -> None:
+def _check_disjoint(
+    url: str, rows: NDArray[np.int64], begin: NDArray[np.uint64], end: NDArray[np.uint64]
+) -> None:
     """Two records name the same stored bytes, or disjoint ones."""
-    if np.all(begin[1:] >= end[:-1]):  # what the writer makes; spares the sort
-        return
     order = np.lexsort((end, begin))
-    begin, end = begin[order], end[order]
+    rows, begin, end = rows[order], begin[order], end[order]
     same = (begin[1:] == begin[:-1]) & (end[1:] == end[:-1])
-    row = _first(~same & (begin[1:] < end[:-1]))
-    if row is not None:
-        raise damaged(url, f"{field} record {order[row + 1]}", f"overlaps record {order[row]}")
+    overlaps = np.flatnonzero(~same & (begin[1:] < end[:-1]))
+    if len(overlaps):
+        at = int(overlaps[0])
+        raise damaged(url, f"section CHNK row {rows[at + 1]}", f"overlaps row {rows[at]}")
 
 
 def check_arrays(
-    url: str,
-    arrays: NDArray[np.void],
-    shapes: NDArray[np.uint64],
-    itemsizes: NDArray[np.uint64],
-    name_bytes: int,
-    content_size: int,
+    url: str, arrays: bytes, shapes: bytes, item_sizes: Sequence[int], name_bytes: int, content_size: int
 ) -> None:
     """Every array lies in the content, after the one before, and its size is what its shape says."""
-    field = "section ARRS"
-
-    def refuse(mask: _Mask, what: str) -> None:
-        row = _first(mask)
-        if row is not None:
-            raise damaged(url, f"{field} row {row}", f"{what} ({arrays[row].item()})")
-
-    refuse(arrays["dtype"] >= len(itemsizes), "has a dtype that section DTYP lacks")
-    refuse(arrays["ndim"] > structs.MAX_NDIM, f"has more than {structs.MAX_NDIM} dimensions")
-    refuse(arrays["flags"] > (structs.FORTRAN | structs.HIDDEN), "has unknown flags")
-    refuse(arrays["reserved"] != np.void(bytes(6)), "has reserved bytes that are not zero")
-    _check_packed(url, field, arrays["name_offset"], arrays["name_length"], name_bytes, "NAME")
-    refuse(arrays["name_length"] > structs.MAX_NAME, "has too long a name")
-    _check_packed(url, field, arrays["shape_offset"], arrays["ndim"], len(shapes), "SHAP")
-
-    offset, nbytes = arrays["offset"], arrays["nbytes"]
-    refuse(offset > content_size, "begins beyond the content")
-    refuse(nbytes > content_size - np.minimum(offset, np.uint64(content_size)), "reaches beyond the content")
-    overlap = _first(offset[1:] < (offset + nbytes)[:-1])
-    if overlap is not None:
-        raise damaged(url, f"{field} row {overlap + 1}", "begins before the array before it ends")
-    refuse(_wrong_sizes(arrays, shapes, itemsizes), "has nbytes that are not shape times item size")
+    fault = native.check_arrays(arrays, shapes, item_sizes, name_bytes, content_size)
+    _refuse(url, "ARRS", fault, structs.ARRAY, arrays)
 
 
-def _check_packed(
-    url: str,
-    field: str,
-    begin: NDArray[np.uint32],
-    length: NDArray[np.unsignedinteger[Any]],
-    total: int,
-    section: str,
-) -> None:
-    """Pieces of NAME or SHAP follow in the order of ARRS without gap, so none can be read twice."""
-    ends = np.cumsum(length, dtype=np.uint64)
-    row = _first(begin != ends - length.astype(np.uint64))
-    if row is not None:
-        raise damaged(url, f"{field} row {row}", f"does not follow the row before in section {section}")
-    used = int(ends[-1]) if len(ends) else 0
-    if used != total:
-        raise damaged(url, f"section {section}", f"has {total} entries, of which the arrays use {used}")
-
-
-def _wrong_sizes(
-    arrays: NDArray[np.void], shapes: NDArray[np.uint64], itemsizes: NDArray[np.uint64]
-) -> _Mask:
-    """Rows whose nbytes is not the product of shape and item size, or whose product is absurd.
-
-    numpy multiplies the non-zero dimensions of empty arrays too, so those are held to the limit.
-    """
-    wrong = np.zeros(len(arrays), np.bool_)
-    ndims = arrays["ndim"]
-    for ndim in np.flatnonzero(np.bincount(ndims)).tolist():  # np.unique would import numpy.ma
-        rows = np.flatnonzero(ndims == ndim)
-        index = arrays["shape_offset"][rows].astype(np.int64)[:, None] + np.arange(ndim)
-        dims = shapes[index]
-        item = itemsizes[arrays["dtype"][rows]]
-        # Rounding is 1e-14 of the product: far from 2^64, where the exact one would wrap.
-        with np.errstate(over="ignore"):
-            size = np.maximum(dims, 1).astype(np.float64).prod(axis=1) * np.maximum(item, 1)
-            exact = dims.prod(axis=1, dtype=np.uint64) * item
-        wrong[rows] = (size > structs.MAX_ELEMENTS_BYTES) | (exact != arrays["nbytes"][rows])
-    return wrong
+def check_extents(url: str, origin: Origin | None, extents: bytes, content_size: int) -> None:
+    """Hold EXTN against CONT: ranges, order, and, for an exact container, full coverage."""
+    if origin is None:
+        if extents:
+            raise damaged(url, "section EXTN", "is there but section CONT is not")
+        return
+    members = [
+        (number, member.file_offset, member.stored_length)
+        for number, file in enumerate(origin.files)
+        for member in file.deflated
+    ]
+    sizes = [file.size for file in origin.files]
+    fault = native.check_extents(extents, members, sizes, content_size, origin.exact)
+    _refuse(url, "EXTN", fault, structs.EXTENT, extents)
 
 
 def split_names(url: str, arrays: NDArray[np.void], blob: bytes) -> list[str]:

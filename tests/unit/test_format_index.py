@@ -363,6 +363,39 @@ def test_parse_takes_deflated_members_as_covered(snapshot: bytes) -> None:
     refused(with_container(snapshot, container(deflated=[member]), extents((0, 0, 0, 3), (0, 5, 0, 3))))
 
 
+@pytest.mark.parametrize(
+    ("members", "rows", "is_good"),
+    [
+        ([(4, 4), (0, 4)], [(2, 0, 0, 5)], True),  # members in any order; "empty" needs nothing
+        ([(0, 4)], [(0, 4, 0, 4), (2, 0, 0, 5)], True),
+        ([(0, 4), (2, 6)], [(2, 0, 0, 5)], False),  # members that overlap
+        ([(0, 4)], [(2, 0, 0, 5)], False),  # the end of the first file
+        ([(0, 8)], [], False),  # nothing of the last
+        ([(0, 8)], [(2, 1, 0, 4)], False),
+        ([(0, 8)], [(1, 0, 0, 1), (2, 0, 0, 5)], False),  # more than the empty one has
+    ],
+    ids=str,
+)
+def test_parse_holds_extents_against_every_file(
+    snapshot: bytes, members: list[tuple[int, int]], rows: list[tuple[int, int, int, int]], is_good: bool
+) -> None:
+    deflated = [
+        {"file_offset": offset, "stored_length": length, "level": 6, "extents": []}
+        for offset, length in members
+    ]
+    files = [
+        {"name": "zip", "size": 8, "sha256": None, "deflated": deflated},
+        {"name": "empty", "size": 0, "sha256": None},
+        {"name": "last", "size": 5, "sha256": None},
+    ]
+    cont = encode_json({"format": "raw", "exact": True, "files": files})
+    data = with_container(snapshot, cont, extents(*rows))
+    if is_good:
+        assert parse(data).container is not None
+    else:
+        refused(data)
+
+
 # ---- the directory ----
 
 

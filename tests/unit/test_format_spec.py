@@ -11,6 +11,7 @@ import pytest
 from lazymem._native._core import ffi
 
 import lazymem.format
+from lazymem._native import index
 from lazymem.format import structs
 from lazymem.format.encode import EncodedChunk
 
@@ -129,6 +130,17 @@ def test_spec_limits_match_code() -> None:
     assert {structs.RAW: "raw", structs.LZ4: "lz4", structs.ZSTD: "zstd"} == structs.CODEC_NAMES
 
 
+def test_native_limits_are_those_of_the_code() -> None:
+    assert index.LIMITS == {
+        "HEAD_SIZE": structs.HEAD.size,
+        "MAX_SOURCES": structs.MAX_BASES + 1,
+        "MAX_NDIM": structs.MAX_NDIM,
+        "MAX_NAME": structs.MAX_NAME,
+        "MAX_SIZE": structs.MAX_ELEMENTS_BYTES,
+        "ARRAY_FLAGS": structs.FORTRAN | structs.HIDDEN,
+    }
+
+
 def test_chunk_struct_packs_what_the_table_packs() -> None:
     chunk = EncodedChunk(b"12345", structs.ZSTD, structs.FILTER_PLANES, 4, 0x0123456789ABCDEF, bytes(32))
     assert chunk.record(1 << 40) == structs.CHUNK.pack(
@@ -149,8 +161,13 @@ def test_unpack_keeps_trailing_zeros_of_bytes_fields() -> None:
 
 def test_native_records_have_the_sizes_of_the_tables() -> None:
     # The C core uses these records where they lie.
-    assert structs.RUN.size == ffi.sizeof("lm_run")
-    assert structs.CHUNK.size == ffi.sizeof("lm_chunk_record")
-    for name, (_, offset, *_) in (structs.CHUNK.dtype.fields or {}).items():
-        assert ffi.offsetof("lm_chunk_record", name) == offset
+    for kind, table in (
+        ("lm_run", structs.RUN),
+        ("lm_chunk_record", structs.CHUNK),
+        ("lm_array_row", structs.ARRAY),
+        ("lm_extent_row", structs.EXTENT),
+    ):
+        assert table.size == ffi.sizeof(kind)
+        for name, (_, offset, *_) in (table.dtype.fields or {}).items():
+            assert ffi.offsetof(kind, name) == offset
     assert np.dtype("<u8").newbyteorder("=") == np.uint64  # little-endian host
