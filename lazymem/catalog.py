@@ -97,18 +97,18 @@ class Catalog(Protocol):
         """fds: a descriptor for each source, -1 for one that is not a local file; none: no pieces."""
 
 
-def _one_table(rows: NDArray[np.void], name_bytes: bytes) -> ArrayTables:
-    """Tables of index rows; names are packed anew because rows of empty arrays are left out."""
-    starts = rows["name_offset"].astype(np.int64)
-    lengths = rows["name_length"].astype(np.int64)
-    packed = b"".join(
-        name_bytes[start : start + length]
-        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
-    )
-    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint32)
-    return ArrayTables(
-        np.ascontiguousarray(rows["offset"]), np.ascontiguousarray(rows["nbytes"]), ends, packed
-    )
+def _one_table(arrays: NDArray[np.void], name_bytes: bytes) -> ArrayTables:
+    """Tables of index rows; names are packed anew where rows of empty arrays are left out."""
+    sizes = arrays["nbytes"]
+    if sizes.all():
+        starts = np.empty(len(arrays) + 1, np.uint32)
+        starts[:-1], starts[-1] = arrays["name_offset"], len(name_bytes)
+        return ArrayTables(arrays["offset"].copy(), sizes.copy(), starts, name_bytes)
+    rows = arrays[sizes > 0]
+    begins, lengths = rows["name_offset"].tolist(), rows["name_length"].tolist()
+    names = [name_bytes[begin : begin + length] for begin, length in zip(begins, lengths, strict=True)]
+    starts = np.array([0, *itertools.accumulate(lengths)], np.uint32)
+    return ArrayTables(rows["offset"].copy(), rows["nbytes"].copy(), starts, b"".join(names))
 
 
 class IndexCatalog:
@@ -147,8 +147,7 @@ class IndexCatalog:
         return self._index.names[rows[0]] if rows else None
 
     def tables(self) -> ArrayTables:
-        arrays = self._index.arrays
-        return _one_table(arrays[arrays["nbytes"] > 0], self._index.name_bytes)
+        return _one_table(self._index.arrays, self._index.name_bytes)
 
     def layout(self, fds: Sequence[int]) -> Layout:
         index = self._index
@@ -167,7 +166,9 @@ class IndexCatalog:
         if (
             fd < 0
             or index.sources
-            or ((records["codec"] != 0) | (records["filter"] != 0) | (records["offset"] % page != 0)).any()
+            or records["codec"].any()
+            or records["filter"].any()
+            or (records["offset"] % page).any()
         ):
             return None
         pieces = []

@@ -383,14 +383,16 @@ class StoreOptions:
         *,
         cache: str | os.PathLike[str] | bool | None = None,
         environ: Mapping[str, str] | None = None,
+        is_local: bool = False,
     ) -> StoreOptions:
         """What the caller gave, else LAZYMEM_CACHE_DIR, LAZYMEM_CACHE_SIZE, LAZYMEM_TIMEOUT.
 
         cache: a directory; True: LAZYMEM_CACHE_DIR, else ~/.cache/lazymem; False: none; None: as the
-        environment says. Raises `OptionError`, also for a storage option that does not exist.
+        environment says. is_local: for a path, which leads to no store, so that the variables of stores'
+        clients are not looked at. Raises `OptionError`, also for a storage option that does not exist.
         """
         env = os.environ if environ is None else environ
-        given = _flatten(storage_options or {})
+        given = _flatten(storage_options) if storage_options else {}
         for name, variable, convert in (
             ("cache_size", "LAZYMEM_CACHE_SIZE", int),
             ("timeout", "LAZYMEM_TIMEOUT", float),
@@ -402,7 +404,8 @@ class StoreOptions:
                     raise OptionError(f"{variable} is {env[variable]!r}; it must be a number") from None
         if cache is not None or "cache" not in given:
             given["cache"] = _cache_directory(cache, env)
-        given.setdefault("environment", _captured(env))
+        if not is_local:
+            given.setdefault("environment", _captured(env))
         return cls(**given)
 
     def public(self) -> dict[str, Any]:

@@ -623,8 +623,10 @@ def open(
         readahead=readahead,
         fork=fork,
     )
-    store = StoreOptions.from_environment(storage_options, cache=cache)
     location = location_of(source)
+    store = StoreOptions.from_environment(
+        storage_options, cache=cache, is_local=locations.scheme_of(location) is None
+    )
     with contextlib.ExitStack() as stack:
         target = None if dtype is None else float_dtype(dtype)
         url, catalog, blobs, digest, files = load(location, options, store, as_format, stack)

@@ -396,7 +396,7 @@ class _Parser:
         item_sizes = [dtype.itemsize for dtype in dtypes]
         check_arrays(url, raw["ARRS"], raw["SHAP"], item_sizes, len(name_bytes), content_size)
         names = split_names(url, arrays, name_bytes)
-        visible = np.flatnonzero((arrays["flags"] & structs.HIDDEN) == 0).tolist()
+        flags = arrays["flags"].tolist()
         views = parse_views(url, self._json("VIEW", list), names, arrays["nbytes"])
 
         metadata, array_metadata = self._metadata()
@@ -420,7 +420,7 @@ class _Parser:
             ends=arrays["offset"] + arrays["nbytes"],
             name_bytes=name_bytes,
             names=names,
-            rows={names[row]: row for row in visible},
+            rows={name: row for row, name in enumerate(names) if not flags[row] & structs.HIDDEN},
             views={view.name: view for view, _ in views},
             bases={view.name: row for view, row in views},
             shapes=shapes,
