@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import zstandard
 from numpy.typing import NDArray
 
 from .. import _native
@@ -271,14 +272,15 @@ def parse_index(url: str, tail: bytes, read: Read, file_size: int) -> SnapshotIn
     index = tail[begin : begin + length] if begin >= 0 else read(offset, length)
     if len(index) != length or _native.checksum(index) != fields["index_checksum"]:
         raise damaged(url, "index", "does not match its checksum")
-    directory = parse_directory(url, index, offset)
+    directory, view = parse_directory(url, index, offset), memoryview(index)
+    decompressor = zstandard.ZstdDecompressor()
 
     def load(section_id: str) -> bytes | None:
         section = directory.get(section_id)
         if section is None:
             return None
         start = section.offset - offset
-        return decode_section(url, section, memoryview(index)[start : start + section.stored_length])
+        return decode_section(url, section, view[start : start + section.stored_length], decompressor)
 
     features = _parse_features(url, fields["incompatible"], load("FEAT"))
     return _Parser(url, fields, directory, load).parse(features)
