@@ -20,10 +20,13 @@ from ..region import open_stock
 from ..snapshot import load
 from ..store import locations
 from ..store.base import Blob
+from ..store.checks import condition_of
+from ..store.local import LocalBlob
 from .files import in_memory
 
 _WAIT_MS: Final = 50
 _URL_MOST: Final = 4096
+_QUESTIONS_MOST: Final = 16  # of one snapshot, that are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,7 @@ class Stock:
         self.wanted = replace(
             wanted, identities=self.identities
         )  # by which another pager finds the very same
+        self._questions = [self.wanted]
         self.memory: NativeRegion | None = None
         self._word: int | None = None
         self._options = options
@@ -93,6 +97,31 @@ class Stock:
             self._word = in_memory(json.dumps(told).encode())  # for another pager, should this one die
             native.bequeath(self._word)
         return self.memory
+
+    def answers(self, wanted: Wanted) -> bool:
+        """Whether the question was answered with it before. One that names no version never was."""
+        return wanted in self._questions
+
+    def note(self, wanted: Wanted) -> None:
+        """The question was answered with it, too: it came with other options, or by another name."""
+        asked = replace(wanted, identities=self.identities)
+        self._questions = [*self._questions[-_QUESTIONS_MOST + 1 :], asked]
+
+    def is_current(self) -> bool:
+        """Whether what it was opened from need not be looked at anew to give it to who names its versions.
+
+        Such a client has read the index of these very versions, and an ETag is of one content for ever:
+        whatever lies there by now, this is what was asked for. Nor is anything else read for it later: each
+        range is asked for with the ETag (If-Match), so what was not read before the object was replaced is
+        refused. Where a server names no version, or only a date, the object is opened anew; and so is a local
+        file that is not what it was, which a stat tells.
+        """
+        return all(
+            blob.is_at_its_path()
+            if isinstance(blob, LocalBlob)
+            else "If-Match" in condition_of(blob.identity)
+            for blob in self.blobs
+        )
 
     @property
     def content_size(self) -> int:
@@ -172,6 +201,9 @@ class Stocks:
         Raises what `lazymem.open` raises, `SnapshotChanged` where it is not what the client read, and
         `OutOfMemory` beyond the limit.
         """
+        known = self._known(wanted)
+        if known is not None:
+            return known
         fresh = Stock(wanted, self._threads)
         kept = False
         try:
@@ -184,6 +216,7 @@ class Stocks:
                 for stock in self._open:
                     if (stock.url, stock.identities) == (fresh.url, fresh.identities) and _same(stock, fresh):
                         stock.users += 1
+                        stock.note(wanted)
                         return stock
                 memory = fresh.open()
                 taken = sum(one.memory.size for one in self._open if one.memory is not None)
@@ -199,6 +232,17 @@ class Stocks:
         finally:
             if not kept:
                 fresh.close()
+
+    def _known(self, wanted: Wanted) -> Stock | None:
+        """One that is that for sure, without a question to a store. Used, as by `get`."""
+        with self._lock:
+            found = next((stock for stock in self._open if stock.answers(wanted)), None)
+            if found is not None:
+                found.users += 1
+        if found is None or found.is_current():  # not under the lock: a disk may be far away, too
+            return found
+        self.leave(found)
+        return None
 
     def use(self, stock: Stock) -> None:
         """One more user, of one that has a user."""
