@@ -371,6 +371,8 @@ class StoreOptions:
                 raise OptionError(f"{name} is {value}; it must be from {least} to {most}")
         for name in ("headers", "environment"):
             given = getattr(self, name)
+            if not given and type(given) is dict:  # mostly; and Mapping's own check takes its time
+                continue
             if not isinstance(given, Mapping) or not all(
                 isinstance(text, str) for pair in given.items() for text in pair
             ):

@@ -34,6 +34,7 @@ STATE_POISONED: Final = 4
 BACKENDS: Final = {
     "uffd": 0, "uffd-user": 1, "eager": 2, "map": 3, "sigsegv": 4, "stock": 5, "pager": 6,
 }  # fmt: skip
+_BACKEND_NAMES: Final = {number: name for name, number in BACKENDS.items()}
 INSTALLS: Final = {"auto": 0, "copy": 1, "move": 2}
 WAYS: Final = ("device", "syscall", "user-only")
 OPERATIONS: Final = ("copy", "zeropage", "wake", "poison", "move")
@@ -385,7 +386,7 @@ class NativeRegion:
         self.chunk_count = int(lib.lm_region_chunk_count(handle))
         self.chunk_size = int(lib.lm_region_chunk_size(handle))
         number = lib.lm_region_backend(handle)
-        self.backend = next(name for name, value in BACKENDS.items() if value == number)
+        self.backend = _BACKEND_NAMES[number]
         self.install = {1: "copy", 2: "move"}.get(lib.lm_region_install(handle), "none")
         self.evictions = 0  # calls of `evict` that have ended; two at once may count as one
 

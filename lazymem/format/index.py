@@ -338,6 +338,13 @@ def _parse_features(url: str, incompatible: int, raw: bytes | None) -> tuple[str
     return tuple(name for bit, name in structs.FEATURE_BITS.items() if incompatible & bit)
 
 
+def _visible_rows(names: list[str], flags: NDArray[np.uint8]) -> dict[str, int]:
+    rows = dict(zip(names, range(len(names)), strict=True))
+    for row in np.flatnonzero(flags & structs.HIDDEN).tolist():  # few
+        del rows[names[row]]
+    return rows
+
+
 class _Parser:
     """Sections -> `SnapshotIndex`, in the order in which the checks depend on one another."""
 
@@ -398,7 +405,6 @@ class _Parser:
         item_sizes = [dtype.itemsize for dtype in dtypes]
         check_arrays(url, raw["ARRS"], raw["SHAP"], item_sizes, len(name_bytes), content_size)
         names = split_names(url, arrays, name_bytes)
-        flags = arrays["flags"].tolist()
         views = parse_views(url, self._json("VIEW", list), names, arrays["nbytes"])
 
         metadata, array_metadata = self._metadata()
@@ -422,7 +428,7 @@ class _Parser:
             ends=arrays["offset"] + arrays["nbytes"],
             name_bytes=name_bytes,
             names=names,
-            rows={name: row for row, name in enumerate(names) if not flags[row] & structs.HIDDEN},
+            rows=_visible_rows(names, arrays["flags"]),
             views={view.name: view for view, _ in views},
             bases={view.name: row for view, row in views},
             shapes=shapes,
