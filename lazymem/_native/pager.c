@@ -31,6 +31,8 @@
                    LM_UFFD_FEATURE_MISSING_SHMEM | LM_UFFD_FEATURE_MINOR_SHMEM)
 #define LM_WANTED (LM_UFFD_FEATURE_EVENT_FORK | LM_UFFD_FEATURE_POISON | LM_UFFD_FEATURE_MISSING_HUGE)
 
+#define LM_PART_SPACES 64 /* that a part of a chunk goes to before the rest of it; others wait for all of it */
+
 struct fault { uint64_t address, since; };
 
 struct space {
@@ -66,6 +68,7 @@ struct waiter {
     struct space *space;
     struct lm_region *region;
     uint64_t first, end, address, since;
+    uint64_t offset; /* of the page, in the region */
 };
 
 /* What has to be asked of the engine once no lock is held. */
@@ -316,11 +319,10 @@ static enum chunk_is look_at_all(const struct lm_region *region, uint64_t first,
     return all;
 }
 
-/* Chunks [first, end) of the region, wherever the space shows them, whole pages only. 0 or -EAGAIN. */
-static int deliver_locked(struct space *space, struct lm_region *region, uint64_t first, uint64_t end,
-                          enum chunk_is what)
+/* Bytes [from, to) of the region, wherever the space shows them, whole pages only. 0 or -EAGAIN. */
+static int deliver_bytes_locked(struct space *space, struct lm_region *region, uint64_t from, uint64_t to,
+                                enum chunk_is what)
 {
-    uint64_t from = first << region->table.chunk_shift, to = end << region->table.chunk_shift;
     size_t i;
     int error = 0;
 
@@ -342,6 +344,15 @@ static int deliver_locked(struct space *space, struct lm_region *region, uint64_
             wake(space, start, stop - start);
     }
     return error == -EAGAIN ? error : 0;
+}
+
+/* The same of chunks [first, end). */
+static int deliver_locked(struct space *space, struct lm_region *region, uint64_t first, uint64_t end,
+                          enum chunk_is what)
+{
+    unsigned shift = region->table.chunk_shift;
+
+    return deliver_bytes_locked(space, region, first << shift, end << shift, what);
 }
 
 /* ---- events ---- */
@@ -557,12 +568,14 @@ static bool wish(struct wishes *wishes, const struct waiter *waiter)
     uint64_t i;
 
     for (i = waiter->first; i < waiter->end; i++) {
+        uint64_t offset = i << waiter->region->table.chunk_shift;
+
         if (look(waiter->region, i) == LM_CHUNK_THERE || look(waiter->region, i) == LM_CHUNK_ZEROS)
             continue;
         if (wishes->count == LM_MESSAGES)
             return false;
-        wishes->of[wishes->count++] =
-            (struct wish){ .region = waiter->region, .offset = i << waiter->region->table.chunk_shift };
+        wishes->of[wishes->count++] = (struct wish){ .region = waiter->region,
+                                                     .offset = i == waiter->first ? waiter->offset : offset };
     }
     return true;
 }
@@ -596,6 +609,7 @@ static int take_fault_locked(struct space *space, const struct fault *fault, str
     }
     offset = piece->offset + (at - piece->at);
     waiter.region = piece->region;
+    waiter.offset = offset;
     waiter.first = offset >> piece->region->table.chunk_shift;
     waiter.end = ((offset + page - 1) >> piece->region->table.chunk_shift) + 1;
     what = look_at_all(waiter.region, waiter.first, waiter.end);
@@ -773,6 +787,36 @@ void lm_pager_settled(struct lm_region *region, uint64_t chunk, bool locked)
         ask_again();
     else
         settle(region, chunk);
+}
+
+/* Whoever has touched just that part goes on; its waiter stays, for the rest of the chunk. Where a space is busy,
+ * or changing, its threads wait for the whole, which comes in a moment. */
+void lm_pager_part_settled(struct lm_region *region, uint64_t offset, uint64_t length)
+{
+    struct space *spaces[LM_PART_SPACES];
+    size_t count = 0, i;
+
+    if (!begin_work())
+        return;
+    pthread_mutex_lock(&pager.lock);
+    for (i = 0; i < pager.waiter_count && count < LM_PART_SPACES; i++) {
+        const struct waiter *one = &pager.waiters[i];
+
+        if (one->region == region && one->offset >= offset && one->offset - offset < length) {
+            one->space->users++;
+            spaces[count++] = one->space;
+        }
+    }
+    pthread_mutex_unlock(&pager.lock);
+    for (i = 0; i < count; i++) {
+        if (pthread_mutex_trylock(&spaces[i]->lock) == 0) {
+            if (!spaces[i]->gone)
+                (void)deliver_bytes_locked(spaces[i], region, offset, offset + length, LM_CHUNK_THERE);
+            unlock(spaces[i]);
+        }
+        leave(spaces[i]);
+    }
+    end_work();
 }
 
 /* ---- threads ---- */
@@ -1033,7 +1077,7 @@ static int is_registered(const struct space *space, uint64_t address, uint64_t l
     return answer;
 }
 
-/* Pages of a file come without a message where only missing ones are registered, chunks that are half decoded too if
+/* Pages of a file come without a message where only missing ones are registered, chunks that are half there, too, if
  * it is our memfd: so that is for LM_PAGER_SHARED, and what is not said to be has to be anonymous. */
 static int register_memory(const struct space *space, uint64_t address, uint64_t length, uint32_t page, bool shared)
 {

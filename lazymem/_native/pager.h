@@ -22,6 +22,8 @@
 
 /* pages_stock.c: a chunk is present, poisoned, or absent again. locked: the engine's lock is held. */
 void lm_pager_settled(struct lm_region *region, uint64_t chunk, bool locked);
+/* Bytes of a chunk that is all right are in the memfd; the others will be in a moment. */
+void lm_pager_part_settled(struct lm_region *region, uint64_t offset, uint64_t length);
 
 /* CFFI-BEGIN */
 

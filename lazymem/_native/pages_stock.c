@@ -2,12 +2,13 @@
  *
  * pages_stock.c: chunks of a snapshot for other processes, each decoded once, in a memfd that they may map.
  *
- * Bytes are made where they are to lie. The pages of a chunk are in the memfd before they are right, but none
- * of them is in anybody's memory before: clients map it with a userfaultfd that makes every page wait for the
- * pager's word (MINOR), and the pager gives it for chunks that are present.
+ * Bytes are copied there once the whole chunk is right. Pages are in the memfd before all of the chunk is, but none
+ * of them is in anybody's memory before its own bytes are: clients map it with a userfaultfd that makes every page
+ * wait for the pager's word (MINOR), and the pager gives it for chunks that are present, and for parts that go ahead.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <string.h>
 
 #include "engine.h"
 #include "pager.h"
@@ -35,10 +36,19 @@ void lm_pages_stock_detach(struct lm_region *region)
     region->stage.fd = -1;
 }
 
+static int stock_install_part(struct lm_region *region, uint64_t offset, size_t length, const unsigned char *bytes)
+{
+    memcpy(region->base + offset, bytes, length);
+    return 0;
+}
+
+/* Over a part that is in clients' memory already, too: with what it holds. */
 static int stock_install(struct lm_region *region, uint64_t chunk, const unsigned char *bytes, bool by_move)
 {
-    (void)region, (void)chunk, (void)bytes, (void)by_move;
-    return 0;
+    unsigned shift = region->table.chunk_shift;
+
+    (void)by_move;
+    return bytes == NULL ? 0 : stock_install_part(region, chunk << shift, (size_t)1 << shift, bytes);
 }
 
 static void stock_wake(struct lm_region *region, uint64_t chunk, bool locked)
@@ -73,8 +83,9 @@ static int stock_revive(struct lm_region *region, int error)
 }
 
 const struct lm_pages lm_pages_stock = {
-    .in_place = true,
     .install = stock_install,
+    .install_part = stock_install_part,
+    .wake_part = lm_pager_part_settled,
     .wake = stock_wake,
     .poison = stock_poison,
     .was_given_back = stock_was_given_back,

@@ -365,7 +365,8 @@ static int attach_locked(struct lm_region *region, const lm_region_spec *spec, u
     if (region->install < 0)
         return region->install;
     region->prot = PROT_READ;
-    if (spec->writable || region->install == LM_INSTALL_MOVE || region->pages->in_place)
+    if (spec->writable || region->install == LM_INSTALL_MOVE || region->pages->in_place ||
+        region->pages == &lm_pages_stock)
         region->prot |= PROT_WRITE;
     error = reserve(region);
     if (error < 0)

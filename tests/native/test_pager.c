@@ -26,7 +26,8 @@
 #include "space.h"
 #include "uffd.h"
 
-#define CHUNK   65536u
+#define PART    65536u /* of a chunk, that goes ahead of the rest where chunks are four times as large */
+#define CHUNK   (4 * PART)
 #define CHUNKS  24u
 #define BAD     20u /* its checksum is wrong */
 #define CLIENTS 4
@@ -313,6 +314,68 @@ static int be_client(int socket, bool shared, uint64_t seed)
     return *(volatile unsigned char *)(memory + BAD * CHUNK); /* SIGBUS */
 }
 
+#define TOUCHED (2 * CHUNK + PART + 5 * PAGE)
+
+/* Touches one byte, says so, and looks at the rest of that chunk when it is told to. */
+static int be_patient(int socket)
+{
+    unsigned char *memory, ready;
+    int memfd = receive_descriptor(socket, &ready, 1), uffd;
+    uint64_t i;
+
+    memory = mmap(NULL, sizeof content, PROT_READ, MAP_PRIVATE, memfd, 0);
+    uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    if (memory == MAP_FAILED || uffd < 0)
+        return 30;
+    send_descriptor(socket, uffd, &memory, sizeof memory);
+    if (read(socket, &ready, 1) != 1 || *(volatile unsigned char *)(memory + TOUCHED) != content[TOUCHED])
+        return 31;
+    if (write(socket, &ready, 1) != 1 || read(socket, &ready, 1) != 1)
+        return 32;
+    for (i = 0; i < CHUNK / PAGE; i++)
+        if (!is_page(memory + 2 * CHUNK + i * PAGE, 2 * CHUNK / PAGE + i))
+            return 33;
+    return 0;
+}
+
+/* The engine is kept from taking the fault up, so that nothing but the part can have let the client go on. */
+static void test_a_part_goes_ahead_of_its_chunk(lm_region *stock, pid_t client, int socket)
+{
+    uint64_t part = TOUCHED / PART * PART;
+    lm_space_report report;
+    uint32_t space, features;
+    unsigned char *memory, ready = 1;
+    int memfd = lm_region_descriptor(stock), uffd, status;
+
+    send_descriptor(socket, memfd, &ready, 1);
+    uffd = receive_descriptor(socket, &memory, sizeof memory);
+    CHECK(lm_pager_open_space(uffd, 1, &space, &features) == 0);
+    CHECK(lm_pager_map(space, (uintptr_t)memory, sizeof content, stock, 0, PAGE, LM_PAGER_SHARED) == 0);
+    pthread_mutex_lock(&lm_engine.lock);
+    CHECK(write(socket, &ready, 1) == 1);
+    do {
+        usleep(1000);
+        CHECK(lm_pager_spaces(&report, 1) == 1);
+    } while (report.waiting == 0);
+    memcpy(stock->base + part, content + part, PART);
+    lm_pager_part_settled(stock, part + PART, PART); /* another one */
+    CHECK(lm_pager_spaces(&report, 1) == 1 && report.served == 0);
+    do { /* who finds the space busy leaves it */
+        lm_pager_part_settled(stock, part, PART);
+        CHECK(lm_pager_spaces(&report, 1) == 1);
+    } while (report.served == 0);
+    CHECK(report.served == PART && report.waiting == 1);
+    CHECK(read(socket, &ready, 1) == 1);
+    CHECK(lm_table_state(&stock->table, 2) == LM_STATE_ABSENT);
+    pthread_mutex_unlock(&lm_engine.lock);
+    CHECK(write(socket, &ready, 1) == 1);
+    CHECK(waitpid(client, &status, 0) == client && status == 0);
+    lm_pager_leave_space(space);
+    close(memfd);
+    close(uffd);
+    close(socket);
+}
+
 static void open_stock(lm_region **ret_region)
 {
     int source = memfd_create("source", MFD_CLOEXEC);
@@ -349,10 +412,10 @@ static void populate_at_random(const uint32_t *spaces, unsigned char *const *mem
 
 int main(void)
 {
-    pid_t clients[CLIENTS];
+    pid_t clients[CLIENTS], patient;
     unsigned char *memories[CLIENTS];
     uint32_t spaces[CLIENTS];
-    int sockets[CLIENTS], quiet = open("/dev/null", O_WRONLY), i;
+    int sockets[CLIENTS], line[2], quiet = open("/dev/null", O_WRONLY), i;
     lm_space_report reports[64];
     lm_region *stock;
 
@@ -377,9 +440,15 @@ int main(void)
         close(pair[1]);
         sockets[i] = pair[0];
     }
+    CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, line) == 0);
+    patient = fork();
+    if (patient == 0)
+        _exit(be_patient(line[1]));
+    close(line[1]);
     CHECK(dup2(quiet, 2) == 2); /* the line that a failed touch prints */
     open_stock(&stock);
     CHECK(lm_pager_start(2) == 0);
+    test_a_part_goes_ahead_of_its_chunk(stock, patient, line[0]);
     for (i = 0; i < CLIENTS; i++) {
         unsigned char *memory;
         uint32_t space, features;
