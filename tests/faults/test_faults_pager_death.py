@@ -226,6 +226,27 @@ def test_clients_killed_at_any_moment_leave_nothing(tmp_path: Path, files: tuple
         assert done.returncode == 0, done.stderr
 
 
+def test_what_is_closed_leaves_nothing_with_client_or_pager(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    with pagers.running(tmp_path / "socket") as pager:
+        client = start(
+            pager,
+            files,
+            """
+            def descriptors():
+                return len(os.listdir("/proc/self/fd"))
+            before = descriptors()
+            for _ in range(8):
+                with lazymem.open(sys.argv[2], pager=sys.argv[1]) as again:
+                    again["data"][:1].copy()
+            print(descriptors() - before, flush=True)
+            sys.stdin.readline()
+            """,
+        )
+        assert pagers.line_of(client) == "0"
+        wait_until(lambda: pager.status()["clients"] == 1)
+        client.communicate("\n", timeout=60)
+
+
 def test_a_stopped_pager_is_waited_for(tmp_path: Path, files: tuple[Path, Path]) -> None:
     with pagers.running(tmp_path / "socket") as pager:
         client = start(pager, files, "sys.stdin.readline(); print(same(600), flush=True)")
