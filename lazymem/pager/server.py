@@ -203,7 +203,11 @@ class Server:
             self.sessions.add(session)
         talk = self.talkers.get(session.protocol)
         if talk is not None and session.connection is not None:
-            threading.Thread(target=talk, args=(session,), daemon=True).start()
+            try:
+                threading.Thread(target=talk, args=(session,), daemon=True).start()
+            except RuntimeError as error:  # as many as a limit allows; the others are still served
+                logger.warning("client %d could not be taken in: %s", session.peer.pid, error)
+                self.end(session)
 
     def await_handshake(self, session: Session, seconds: float) -> None:
         """Until something comes of a client that says one thing and no more; from then on, until `shaken`, no

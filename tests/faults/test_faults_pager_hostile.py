@@ -10,6 +10,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -19,8 +20,12 @@ import pytest
 
 import lazymem
 from lazymem.errors import PagerUnavailable
-from lazymem.paging import client
+from lazymem.pager.access import Access
+from lazymem.pager.server import Limits, Server
+from lazymem.paging import client, wire
+from lazymem.paging.wire import Ask
 
+from .. import pagers
 from ..once import made_once
 from .hostile import CASES, SIZE
 from .pager_host import PagerHost
@@ -202,6 +207,36 @@ def test_client_waits_while_others_wait_to_be_taken_in(
             client.connect(path, -1)
         monkeypatch.setattr(time, "sleep", lambda _: waiting.enter_context(listener.accept()[0]))
         client.connect(path).close()
+
+
+def test_pager_that_can_have_no_more_threads_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Limits of processes and of containers count them, and whoever may connect uses them up."""
+    path = tmp_path / "pager"
+    server = Server(str(path), Access(), Limits())
+    server.listen()
+    assert server.listener is not None
+    serving = threading.Thread(target=server.serve)
+    serving.start()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pagers.Raw(path) as refused:
+                assert refused.is_over()
+        assert server.sessions == set()
+        assert "could not be taken in: can't start new thread" in caplog.text
+        with pagers.Raw(path) as client_of_it:
+            assert client_of_it.ask(Ask(wire.HELLO)).code == 0
+    finally:
+        server.stop()
+        serving.join()
+        server.listener.close()
+        server.leave()
+
+
+def refuse(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def stranger(path: str) -> socket.socket:
