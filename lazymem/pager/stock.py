@@ -77,7 +77,7 @@ class Stock:
             options = replace(options, chunk_size=wanted.chunk_size)
         store = StoreOptions.from_environment(wanted.storage_options)
         with ExitStack() as stack:
-            self.url, self.catalog, self.blobs = _load(wanted, options, store, stack)
+            self.url, self.catalog, self.blobs, self.digest = _load(wanted, options, store, stack)
             self.identities = tuple(blob.identity for blob in self.blobs)
             self._closing = stack.pop_all()
         self.users = 0
@@ -178,9 +178,9 @@ class Stock:
 
 def _load(
     wanted: Wanted, options: OpenOptions, store: StoreOptions, stack: ExitStack
-) -> tuple[str, Catalog, tuple[Blob, ...]]:
-    url, catalog, blobs, _, _ = load(wanted.location, options, store, wanted.as_format, stack)
-    return url, catalog, blobs
+) -> tuple[str, Catalog, tuple[Blob, ...], str | None]:
+    url, catalog, blobs, digest, _ = load(wanted.location, options, store, wanted.as_format, stack)
+    return url, catalog, blobs, digest
 
 
 class Stocks:
@@ -284,7 +284,11 @@ class Stocks:
 
 
 def _same(one: Stock, other: Stock) -> bool:
-    """Whether both lay the same bytes out in the same way."""
+    """Whether both, of one place and with the same identities, lay the same bytes out in the same way."""
+    # A snapshot and, read as "raw", its file may have one size. And a store that tells no versions does not
+    # tell of a replacement: only checksums, for which a digest stands, then say that it is the same.
+    if one.digest != other.digest or (one.digest is None and not all(one.identities)):
+        return False
     fds = [-1] * len(one.blobs)
     mine, theirs = one.catalog.layout(fds), other.catalog.layout(fds)
     return (mine.content_size, mine.chunk_size) == (theirs.content_size, theirs.chunk_size)

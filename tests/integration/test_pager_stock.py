@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which clients of a pager share memory: those, and only those, to whom a snapshot is the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lazymem
+from lazymem.pager.stock import Stock, Stocks, Wanted
+from lazymem.store.local import LocalBlob
+
+CHUNK = 2 << 20
+
+
+@pytest.fixture
+def stocks() -> Iterator[Stocks]:
+    stocks = Stocks()
+    used: list[Stock] = []
+    get = stocks.get
+
+    def remember(wanted: Wanted) -> Stock:
+        used.append(get(wanted))
+        return used[-1]
+
+    stocks.get = remember  # type: ignore[method-assign]
+    yield stocks
+    for stock in used:
+        stocks.leave(stock)
+    stocks.sweep()
+    assert stocks.by_serial() == {}
+
+
+def test_a_snapshot_is_not_its_file_where_both_have_one_size(stocks: Stocks, tmp_path: Path) -> None:
+    path = tmp_path / "both.lzm"
+    content = np.random.default_rng(1).integers(0, 256, CHUNK, np.uint8)
+    more = 8192  # zeros: the file does not grow by them, and is bigger by its index
+    while True:
+        whole = np.concatenate([content, np.zeros(more, np.uint8)])
+        lazymem.build({"data": whole}, path, codec="none", chunk_size=CHUNK, overwrite=True)
+        if path.stat().st_size == len(whole):
+            break
+        more += path.stat().st_size - len(whole)
+        assert 0 < more < CHUNK
+    raw = stocks.get(Wanted(str(path), as_format="raw"))
+    snapshot = stocks.get(Wanted(str(path)))
+    assert raw.content_size == snapshot.content_size
+    assert raw is not snapshot
+    assert stocks.get(Wanted(str(path), as_format="raw")) is raw
+    assert stocks.get(Wanted(str(path))) is snapshot
+
+
+def test_without_versions_only_checksums_make_two_the_same(
+    stocks: Stocks, tmp_path: Path, snapshot_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of an HTTP server that tells neither ETag nor Last-Modified: what it has may be another by now."""
+    monkeypatch.setattr(LocalBlob, "identity", property(lambda _: ""))
+    plain = tmp_path / "plain.npy"
+    np.save(plain, np.zeros(1000))
+    assert stocks.get(Wanted(str(plain))) is not stocks.get(Wanted(str(plain)))
+    assert stocks.get(Wanted(str(snapshot_path))) is stocks.get(Wanted(str(snapshot_path)))
