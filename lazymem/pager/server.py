@@ -405,7 +405,9 @@ class Server:
         location = self.access.check_snapshot(
             session.peer, wanted.location, with_options=bool(wanted.storage_options)
         )
-        stock = self.stocks.get(replace(wanted, location=location))
+        stock = self.stocks.get(
+            replace(wanted, location=location), any_chunks=self.access.is_ours(session.peer)
+        )
         with self._lock:
             if session.handed:  # another pager opens it, unless that comes to nothing: then it is asked again
                 self.stocks.leave(stock)

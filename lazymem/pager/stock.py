@@ -14,8 +14,8 @@ from typing import Any, Final
 from .._native import NativeError, NativeRegion
 from .._native import pager as native
 from ..catalog import Catalog
-from ..errors import OptionError, OutOfMemory, SnapshotChanged
-from ..options import OpenOptions, StoreOptions
+from ..errors import AccessDenied, OptionError, OutOfMemory, SnapshotChanged
+from ..options import DEFAULT_CHUNK_SIZE, OpenOptions, StoreOptions
 from ..region import open_stock
 from ..snapshot import load
 from ..store import locations
@@ -195,9 +195,10 @@ class Stocks:
         self._lock = threading.Lock()
         self._open: list[Stock] = []
 
-    def get(self, wanted: Wanted) -> Stock:
+    def get(self, wanted: Wanted, *, any_chunks: bool = True) -> Stock:
         """A snapshot, opened now or before; counted as used until `leave`. Blocks: it may lie far away.
 
+        any_chunks: whoever wants it may say of which size they are; each size takes memory of its own.
         Raises what `lazymem.open` raises, `SnapshotChanged` where it is not what the client read, and
         `OutOfMemory` beyond the limit.
         """
@@ -207,6 +208,16 @@ class Stocks:
         fresh = Stock(wanted, self._threads)
         kept = False
         try:
+            if (
+                not any_chunks
+                and fresh.digest is None
+                and wanted.chunk_size not in (None, DEFAULT_CHUNK_SIZE)
+            ):
+                raise AccessDenied(
+                    f"{fresh.url}: in chunks of which size it is read a pager decides by itself for other "
+                    "users; leave chunk_size out",
+                    url=fresh.url,
+                )
             if wanted.identities and wanted.identities != fresh.identities:
                 raise SnapshotChanged(
                     f"{fresh.url}: is another for the pager than for you; was it replaced? Open it again",

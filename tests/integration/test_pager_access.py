@@ -122,7 +122,7 @@ import json, sys
 import lazymem
 from lazymem.paging import client, wire
 from lazymem.paging.wire import Ask
-pager, url, other = sys.argv[1:4]
+pager, url, other, plain = sys.argv[1:5]
 
 def asked(*questions):
     try:
@@ -138,6 +138,8 @@ print(json.dumps({
     "open": asked((wire.OPEN, {"url": url})),
     "other": asked((wire.OPEN, {"url": other})),
     "options": asked((wire.OPEN, {"url": url, "storage_options": {"cache": "/tmp/x"}})),
+    "usual chunks": asked((wire.OPEN, {"url": plain, "chunk_size": 2 << 20})),
+    "other chunks": asked((wire.OPEN, {"url": plain, "chunk_size": 1 << 20})),
     "status": asked((wire.STATUS, {})),
     "take over": asked((wire.TAKE_OVER, {"step": "look", "version": 1})),
 }))
@@ -153,27 +155,32 @@ def test_other_users_get_what_they_were_given_and_no_more(allowed: Path, place: 
     secret = place / "secret.lzm"
     shutil.copy(allowed, secret)
     secret.chmod(0o600)
+    plain = place / "plain"
+    plain.write_bytes(bytes(5000))
     pager = place / "pager"
     with running(pager):  # the kernel refuses them
-        found = stranger(pager, allowed, secret)
+        found = stranger(pager, allowed, secret, plain)
         assert all(code == "unavailable" and "Permission denied" in text for code, text in found.values())
         pager.chmod(0o666)  # if it is opened by hand, the pager refuses them
-        found = stranger(pager, allowed, secret)
+        found = stranger(pager, allowed, secret, plain)
         assert all(code == -13 and "--allow-uid 65534" in text for code, text in found.values())
     with running(pager, "--allow-uid", users.NOBODY):
-        found = stranger(pager, allowed, secret)
+        found = stranger(pager, allowed, secret, plain)
         assert found["hello"][0] == 0
         assert found["open"][0] == DENIED
         assert f"start it with --snapshot {allowed}" in found["open"][1]
         assert found["other"][0] == DENIED
     for option in (("--allow-uid", users.NOBODY), ("--any-user",)):
-        with running(pager, *option, "--snapshot", allowed):
-            found = stranger(pager, allowed, secret)
+        with running(pager, *option, "--snapshot", allowed, "--snapshot", plain):
+            found = stranger(pager, allowed, secret, plain)
             assert [found["hello"][0], found["open"][0]] == [0, 0]
             assert found["other"][0] == DENIED
             assert "serves other snapshots" in found["other"][1]
             assert found["options"][0] == DENIED
             assert "leave storage_options out" in found["options"][1]
+            assert found["usual chunks"][0] == 0
+            assert found["other chunks"][0] == DENIED  # each size is one more copy in the pager's memory
+            assert "leave chunk_size out" in found["other chunks"][1]
             assert found["status"][0] == -13
             assert "its own user and root" in found["status"][1]
             assert found["take over"][0] == -13
