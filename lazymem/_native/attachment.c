@@ -19,9 +19,9 @@
 #define LM_PATIENCE_MS 5000 /* for an answer */
 #define LM_MESSAGES 16
 #define LM_USER_MODE_ONLY 1
-#define LM_PACKET 8192
+#define LM_ANSWER 8192
 
-struct packet { size_t length; unsigned char bytes[LM_PACKET]; };
+struct packet { size_t length; unsigned char bytes[LM_PAGER_MESSAGE_MAX]; }; /* OPEN has each file's version */
 
 struct lm_attachment {
     pthread_t thread;
@@ -57,7 +57,7 @@ int lm_uffd_create(int device, int *ret_user_only)
 /* 0: it is done. */
 static int ask(int connection, const struct packet *packet, int descriptor)
 {
-    union { lm_pager_answer head; unsigned char bytes[LM_PACKET]; } answer;
+    union { lm_pager_answer head; unsigned char bytes[LM_ANSWER]; } answer;
     int got = lm_sys_exchange(connection, packet->bytes, packet->length, descriptor, answer.bytes,
                               sizeof answer.bytes);
 

@@ -52,7 +52,9 @@
 #define LM_PAGER_MESSAGE_MAX 65536 /* bytes, payload included */
 
 #define LM_PAGER_HELLO    1
-#define LM_PAGER_OPEN     2 /* payload: JSON {"url", "options", "digest"}; the last two may be absent */
+#define LM_PAGER_OPEN     2 /* payload: JSON {"url", "as_format", "chunk_size", "storage_options", "identities"}; all
+                               but "url", which is absolute, may be absent. As of lazymem.open; identities: a list
+                               of the versions that its files are to have, as the pager itself would tell them */
 #define LM_PAGER_MAP      3
 #define LM_PAGER_PREFETCH 4 /* chunks of bytes [offset, offset + length) of the snapshot, ahead of need */
 #define LM_PAGER_WHY      5 /* answer: why the chunk at `offset` could not be had, or an empty payload */

@@ -20,7 +20,7 @@ from typing import Any, Final
 from .._native import NativeError, NativeRegion
 from .._native import pager as native
 from ..catalog import Layout
-from ..errors import BackendUnavailable, OutOfMemory, PagerUnavailable, SnapshotChanged
+from ..errors import BackendUnavailable, OptionError, OutOfMemory, PagerUnavailable, SnapshotChanged
 from ..fetcher.client import store_error
 from ..options import MIB, OpenOptions, pager_timeout
 from . import wire
@@ -102,6 +102,11 @@ class Client:
         self._timeout = pager_timeout()
         self.hello = Ask(wire.HELLO, id=1, flags=native.WANT_DEVICE)
         self.open = Ask(wire.OPEN, id=2, payload=json.dumps(wanted).encode())
+        if len(self.open.pack()) > native.MESSAGE_MAX:
+            raise OptionError(
+                f"{url}: a pager cannot be asked for so many files, of which each has a version, or by such "
+                "storage_options; leave pager= out"
+            )
 
     def attach(self, layout: Layout) -> NativeRegion:
         """The memory. Raises `PagerUnavailable`, `BackendUnavailable`, and what the pager finds wrong."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,12 @@ import numpy as np
 import pytest
 
 import lazymem
+from lazymem.options import OpenOptions
 from lazymem.pager.stock import Stock, Stocks, Wanted
+from lazymem.paging.client import Client
 from lazymem.store.local import LocalBlob
+from tests.children import check_child
+from tests.pagers import running
 
 CHUNK = 2 << 20
 
@@ -62,3 +67,31 @@ def test_without_versions_only_checksums_make_two_the_same(
     np.save(plain, np.zeros(1000))
     assert stocks.get(Wanted(str(plain))) is not stocks.get(Wanted(str(plain)))
     assert stocks.get(Wanted(str(snapshot_path))) is stocks.get(Wanted(str(snapshot_path)))
+
+
+@pytest.mark.needs_userfaultfd
+def test_a_model_of_many_files_is_served(tmp_path: Path) -> None:
+    """Each has a version that the question names, at open and of the next pager."""
+    count = 600
+    for number in range(count):
+        head = json.dumps({str(number): {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+        shard = len(head).to_bytes(8, "little") + head + bytes([number % 256])
+        (tmp_path / f"{number}.safetensors").write_bytes(shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {str(n): f"{n}.safetensors" for n in range(count)}}))
+    with running(tmp_path / "socket"):
+        check_child(
+            """
+            import sys
+            import lazymem
+            snapshot = lazymem.open(sys.argv[1], pager=sys.argv[2])
+            assert [int(snapshot[name][0]) for name in snapshot] == [int(name) % 256 for name in snapshot]
+            """,
+            index,
+            tmp_path / "socket",
+        )
+
+
+def test_what_no_question_holds_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(lazymem.OptionError, match=r"model: a pager cannot be asked for so many files"):
+        Client(str(tmp_path / "socket"), "model", {"identities": ["x" * 65536]}, OpenOptions())
