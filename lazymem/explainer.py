@@ -30,6 +30,7 @@ _BETTER: Final = (
     "With full userfaultfd nothing has to be populated first; `lazymem doctor` says what gives it to this "
     "process."
 )
+_BETTER_BY_PAGER: Final = "Clients of a pager that was started with --pass-device need not populate anything."
 #: Backends whose unpopulated pages only a thread's own touch populates, and why.
 _OWN_TOUCHES_ONLY: Final[Mapping[str, str]] = {
     "uffd-user": "this process was given userfaultfd for touches made in user mode only",
@@ -39,6 +40,7 @@ _SERVED: Final[Mapping[str, str]] = {
     "uffd": "the kernel's touches populate like a thread's, so system calls work on it, populated or not",
     "map": "it is a plain mapping of the file, on which system calls work",
     "eager": "everything was read when it was opened, so system calls work on it",
+    "pager": "another process populates it, at the kernel's touches as at a thread's, so system calls work",
 }
 
 
@@ -97,9 +99,9 @@ def _of_lease(subject: str, lease: Lease, extents: list[Extent]) -> Iterator[str
     there, failed = _counts(lease, chunks)
     yield (
         f"{subject} lies in lazy memory: {names or 'no array'} of {lease.url!r}, {_numbers(chunks)} of "
-        f"{lease.chunk_count}, of which {there} {'is' if there == 1 else 'are'} populated."
+        f"{lease.chunk_count}, of which {_said(there)}."
     )
-    own = _OWN_TOUCHES_ONLY.get(lease.backend)
+    own = _own_touches_only(lease)
     if own is None:
         yield f"The backend is {lease.backend!r}: {_SERVED.get(lease.backend, 'system calls work on it')}."
     else:
@@ -107,9 +109,9 @@ def _of_lease(subject: str, lease: Lease, extents: list[Extent]) -> Iterator[str
             f"The backend is {lease.backend!r}: {own}, so a system call that meets an unpopulated page fails "
             "with EFAULT ('Bad address'), or does less than it was asked for."
         )
-        if there < len(chunks):
+        if there is None or there < len(chunks):
             yield _POPULATES
-            yield _BETTER
+            yield _BETTER if there is not None else _BETTER_BY_PAGER
         else:
             yield (
                 "All of it is populated, so system calls work on it, unless the application has given pages "
@@ -135,14 +137,26 @@ def _chunks(lease: Lease, extents: list[Extent]) -> list[int]:
     return sorted(found)
 
 
-def _counts(lease: Lease, chunks: list[int]) -> tuple[int, list[int]]:
-    """How many are populated, and which failed."""
+def _own_touches_only(lease: Lease) -> str | None:
+    return _OWN_TOUCHES_ONLY.get("uffd-user" if lease.user_only else lease.backend)
+
+
+def _counts(lease: Lease, chunks: list[int]) -> tuple[int | None, list[int]]:
+    """How many are populated, and which failed. None: only a pager knows."""
+    if lease.backend == "pager":
+        return None, []
     try:
         states = lease.states()
     except LazymemError:  # closed in this moment
         return 0, []
     failed = [chunk for chunk in chunks if states[chunk] in (_native.STATE_FAILED, _native.STATE_POISONED)]
     return sum(states[chunk] == _native.STATE_PRESENT for chunk in chunks), failed
+
+
+def _said(there: int | None) -> str:
+    if there is None:
+        return "its pager knows how many are populated"
+    return f"{there} {'is' if there == 1 else 'are'} populated"
 
 
 def _numbers(chunks: list[int]) -> str:
@@ -208,7 +222,8 @@ def _unpopulated(traceback: TracebackType | None) -> Iterator[tuple[str, list[Ex
                     continue
                 seen.append(extents)
                 chunks = _chunks(lease, extents)
-                if _counts(lease, chunks)[0] < len(chunks):
+                there, _ = _counts(lease, chunks)
+                if there is None or there < len(chunks):
                     yield name, extents
 
 
@@ -242,14 +257,14 @@ def _overview() -> Iterator[str]:
         chunks = list(range(lease.chunk_count))
         there, _ = _counts(lease, chunks)
         yield (
-            f"{lease.url!r}, {lease.nbytes} bytes at {lease.address:#x}, backend {lease.backend!r}, {there} "
-            f"of {len(chunks)} chunks populated."
+            f"{lease.url!r}, {lease.nbytes} bytes at {lease.address:#x}, backend {lease.backend!r}, "
+            f"{len(chunks)} chunks, of which {_said(there)}."
         )
-    backends = {lease.backend for lease in opened} & _OWN_TOUCHES_ONLY.keys()
-    for backend in sorted(backends):
+    backends = {lease.backend: own for lease in opened if (own := _own_touches_only(lease)) is not None}
+    for backend, own in sorted(backends.items()):
         yield (
             f"With {backend!r} a system call that meets an unpopulated page fails with EFAULT ('Bad "
-            f"address'): {_OWN_TOUCHES_ONLY[backend]}."
+            f"address'): {own}."
         )
     if backends:
         yield _POPULATES

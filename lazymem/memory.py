@@ -248,6 +248,11 @@ class Memory:
         with self._errors():
             return self._native.states(0, self.chunk_count)
 
+    @property
+    def user_only(self) -> bool:
+        """A pager serves it, and touches by the kernel are refused."""
+        return self._native.user_only
+
     def array_names(self, begin: int, end: int) -> list[str]:
         """Of arrays with bytes in that range; of those that share bytes, one."""
         tables = self._catalog.tables()

@@ -377,7 +377,12 @@ def _table(kind: str, data: bytes) -> tuple[Any, int]:
 
 
 class NativeRegion:
-    """Owner of one lm_region. Safe to use from any thread at any time: after `close` calls raise E_CLOSED."""
+    """Owner of one lm_region. Safe to use from any thread at any time: after `close` calls raise E_CLOSED.
+
+    user_only: another process serves its memory, and touches by the kernel are refused.
+    """
+
+    user_only = False
 
     def __init__(self, handle: Any) -> None:
         self._handle = ffi.gc(handle, lib.lm_region_free)

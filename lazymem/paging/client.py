@@ -202,7 +202,6 @@ class PagedRegion(NativeRegion):
 
     attachment: native.Attachment | None = None
     leaving: weakref.finalize[Any, Any] | None = None
-    user_only = False
 
     def __init__(self, handle: Any, client: Client) -> None:
         super().__init__(handle)

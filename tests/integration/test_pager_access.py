@@ -197,10 +197,17 @@ snap = lazymem.open(url, pager=pager)
 null = os.memfd_create("sink")
 name = next(iter(snap))
 try:
-    os.write(null, memoryview(snap[name]).cast("B"))
+    array = snap[name]
+    os.write(null, memoryview(array).cast("B"))
     assert full == "full", "a system call touched what only a full userfaultfd serves"
 except OSError as error:
     assert (full, error.errno) == ("user-only", 14), (full, error)
+    said = lazymem.explain(error)
+    assert "of which its pager knows how many are populated" in said, said
+    assert "in user mode only, so a system call that meets an unpopulated page fails" in said, said
+    assert "lazymem.populate(array)" in said and "--pass-device" in said, said
+    assert f"array {name!r}" in said, said
+assert ("system calls work" in lazymem.explain(array)) == (full == "full")
 with lazymem.open(url, pager=pager) as other:
     other.prefetch(wait=True)  # what is in memory is anybody's to touch
     os.write(null, other.buffer)
