@@ -57,7 +57,7 @@ def give(server: Server, taker: Session, ask: Ask) -> None:
     Raises `AccessDenied` for another user's, `PagerUnavailable` where one has asked already, `BadPacket`.
     """
     if not server.access.is_ours(taker.peer):
-        raise AccessDenied("a pager is taken over by its own user or root only", url="pager")
+        raise AccessDenied("a pager is taken over by its own user only", url="pager")
     assert taker.connection is not None
     connection = taker.connection
     if _step(ask) != "look":
@@ -174,9 +174,10 @@ def take(server: Server) -> bool:
             raise PagerUnavailable(
                 f"{server.path}: cannot be connected to: {error.strerror or error}"
             ) from error
-        if not server.access.is_ours(Peer.of(connection)):
+        owner = Peer.of(connection)
+        if not server.access.is_ours(owner):  # it names what is opened then, by our rights
             raise PagerUnavailable(
-                f"{server.path}: the pager there is another user's; it can be taken over by that user or root"
+                f"{server.path}: the pager there is user {owner.uid}'s; only that user can take it over"
             )
         try:
             connection.settimeout(_PATIENCE)

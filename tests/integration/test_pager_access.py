@@ -19,7 +19,7 @@ from lazymem.paging import wire
 from lazymem.paging.wire import Ask
 from tests import users
 from tests.children import check_child
-from tests.pagers import Raw, running
+from tests.pagers import Raw, refusal, running
 
 #: Of a snapshot; of the pager itself: -EACCES.
 DENIED = next(code for code, name in CODES.items() if name == "DENIED")
@@ -184,7 +184,17 @@ def test_other_users_get_what_they_were_given_and_no_more(allowed: Path, place: 
             assert found["status"][0] == -13
             assert "its own user and root" in found["status"][1]
             assert found["take over"][0] == -13
-            assert "its own user or root only" in found["take over"][1]
+            assert "its own user only" in found["take over"][1]
+
+
+def test_not_even_root_takes_over_a_pager_that_would_say_what_to_open(place: Path) -> None:
+    users.demand()
+    place.chmod(0o777)
+    with running(place / "pager", prefix=users.prefix()) as pager:
+        status, err = refusal(place / "pager", "--take-over")
+        assert (status, err.count("\n")) == (3, 1), err
+        assert f"is user {users.NOBODY}'s; only that user can take it over" in err
+        assert pager.status()["pid"] == pager.process.pid
 
 
 #: An ordinary user reads all of it, by touches or by system calls.
