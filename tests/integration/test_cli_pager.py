@@ -10,6 +10,7 @@ import signal
 import socket as sockets
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,6 +148,40 @@ def test_pager_takes_the_place_of_one_that_died(tmp_path: Path) -> None:
         pager.kill()
         with running(tmp_path / "socket") as next_one:
             assert next_one.status()["pid"] == next_one.process.pid
+
+
+def test_of_two_that_take_a_dead_ones_place_at_once_one_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "socket")
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET) as dead:
+        dead.bind(path)
+    found: list[sockets.socket | lazymem.PagerUnavailable] = []
+
+    def come() -> None:
+        try:
+            found.append(listen_at(path, sockets.SOCK_SEQPACKET, 0o600))
+        except lazymem.PagerUnavailable as error:
+            found.append(error)
+
+    second = threading.Thread(target=come)
+    unlink = os.unlink
+
+    def unlink_late(name: str) -> None:
+        if second.ident is None:
+            second.start()
+            second.join(0.3)
+        unlink(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", unlink_late)
+        come()
+        second.join()
+    listeners = [one for one in found if isinstance(one, sockets.socket)]
+    for one in listeners:
+        one.close()
+    assert len(listeners) == 1
+    assert "a pager listens there already" in str(found)
 
 
 def test_wrong_paths_are_told_in_one_sentence(pager: Pager, tmp_path: Path) -> None:
