@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any, Final
 
-from .._native import NativeError, NativeRegion
+from .._native import E_LOST, NativeError, NativeRegion
 from .._native import pager as native
 from ..catalog import Layout
 from ..errors import BackendUnavailable, OptionError, OutOfMemory, PagerUnavailable, SnapshotChanged
@@ -247,12 +247,23 @@ class PagedRegion(NativeRegion):
         if answer.code < 0:
             raise NativeError(answer.code, answer.content // self.chunk_size, answer.text)
         if self.user_only:  # the kernel's own touches would be refused
+            if self._is_lost():  # and ours would end the process
+                raise NativeError(E_LOST)
             begin, end = first * self.chunk_size, min((first + count) * self.chunk_size, self.size)
             for at in range(begin, end, _PIECE):
                 self.touch(at, min(_PIECE, end - at))
         else:
-            super().wait(first, count, first, 1 << 30)
+            try:
+                super().wait(first, count, first, 1 << 30)
+            except NativeError:
+                if self._is_lost():
+                    raise NativeError(E_LOST) from None
+                raise
         return True, first + count
+
+    def _is_lost(self) -> bool:
+        """Whether no pager came in time, once: then another one does not help."""
+        return self.attachment is not None and self.attachment.lost
 
     def _forget(self) -> None:
         if self._asked is not None:

@@ -226,6 +226,28 @@ def test_clients_killed_at_any_moment_leave_nothing(tmp_path: Path, files: tuple
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("prefix", ["", "snapshot._region._native.user_only = True"])
+def test_prefetch_says_that_memory_was_lost_though_another_pager_is_there(
+    tmp_path: Path, files: tuple[Path, Path], prefix: str
+) -> None:
+    code = f"""
+    {prefix}
+    sys.stdin.readline()
+    try:
+        snapshot.prefetch(wait=True)
+    except lazymem.ReadError as error:
+        print(error, flush=True)
+    """
+    with pagers.running(tmp_path / "socket") as pager:
+        client = start(pager, files, code, timeout=0)
+    assert client.stderr is not None
+    assert "no pager answers" in client.stderr.readline()
+    with pagers.running(tmp_path / "socket"):
+        out, err = client.communicate("\n", timeout=60)
+    assert (client.returncode, err) == (0, "")
+    assert "a line on stderr has said why; open it again" in out, out
+
+
 def test_what_is_closed_leaves_nothing_with_client_or_pager(tmp_path: Path, files: tuple[Path, Path]) -> None:
     with pagers.running(tmp_path / "socket") as pager:
         client = start(
