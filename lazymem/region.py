@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from . import _native, ways
 from ._native import NativeError, NativeRegion, RegionSpec
 from .catalog import ArrayTables, Catalog, Layout
-from .errors import BackendUnavailable, SnapshotClosed
+from .errors import BackendUnavailable, OptionError, SnapshotClosed
 from .fetcher.client import RemoteBlob
 from .memory import Lease, Memory, cannot_open, forget
 from .options import LOCAL_READAHEAD, REMOTE_READAHEAD, OpenOptions, StoreOptions
@@ -204,10 +204,12 @@ class Region(Memory):
 def open_stock(url: str, catalog: Catalog, blobs: Sequence[Blob], options: OpenOptions) -> NativeRegion:
     """Memory for a pager's clients: chunks are decoded into it when one of them touches it, nobody here may.
 
-    Raises `BackendUnavailable`, `OutOfMemory`.
+    Raises `BackendUnavailable`, `OutOfMemory`; `OptionError` where there are no bytes.
     """
     fds = [_descriptor(blob) for blob in blobs]
     layout = catalog.layout(fds)
+    if layout.content_size == 0:
+        raise OptionError(f"{url}: has no bytes, so a pager has nothing of it to serve; leave it out")
     try:
         return NativeRegion.open(_spec("stock", url, layout, catalog.tables(), blobs, fds, options))
     except NativeError as error:

@@ -69,6 +69,12 @@ def test_without_versions_only_checksums_make_two_the_same(
     assert stocks.get(Wanted(str(snapshot_path))) is stocks.get(Wanted(str(snapshot_path)))
 
 
+def test_what_has_no_bytes_is_refused_in_a_sentence(stocks: Stocks, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    with pytest.raises(lazymem.OptionError, match=r"empty: has no bytes"):
+        stocks.get(Wanted(str(tmp_path / "empty")))
+
+
 @pytest.mark.needs_userfaultfd
 def test_a_model_of_many_files_is_served(tmp_path: Path) -> None:
     """Each has a version that the question names, at open and of the next pager."""
