@@ -22,7 +22,9 @@ def open_space(uffd: int, *, adopted: bool) -> int:
     try:
         return native.open_space(uffd, agree=not adopted)[0]
     except NativeError as error:
-        if adopted:
+        if error.code in (-errno.EMFILE, -errno.ENFILE):
+            said = "this pager can have no more descriptors; raise its limit (ulimit -n)"
+        elif adopted:
             said = "the descriptor that came along is no userfaultfd that a pager had before (UFFDIO_API)"
         else:
             said = (

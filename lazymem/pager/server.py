@@ -336,6 +336,11 @@ class Server:
             except wire.BadPacket as error:
                 wire.send(connection, wire.failed(0, errno.EPROTO, str(error)).pack())
                 return False
+            except OSError as error:
+                if error.errno == errno.EMFILE:
+                    said = "this pager can have no more descriptors; raise its limit (ulimit -n)"
+                    wire.send(connection, wire.failed(0, errno.EUSERS, said).pack())
+                raise
             if not packet:
                 return False
             try:

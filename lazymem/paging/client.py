@@ -13,14 +13,22 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from typing import Any, Final
 
 from .._native import E_LOST, NativeError, NativeRegion
 from .._native import pager as native
 from ..catalog import Layout
-from ..errors import BackendUnavailable, OptionError, OutOfMemory, PagerUnavailable, SnapshotChanged
+from ..errors import (
+    BackendUnavailable,
+    LazymemError,
+    OptionError,
+    OutOfMemory,
+    PagerUnavailable,
+    ReadError,
+    SnapshotChanged,
+)
 from ..fetcher.client import store_error
 from ..options import MIB, OpenOptions, pager_timeout
 from . import wire
@@ -79,6 +87,8 @@ def ask(
             f"{path}: what listens there does not speak as a pager does: {error}"
         ) from None
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # of this process
+            raise
         raise PagerUnavailable(f"{path}: the pager does not answer: {error.strerror or error}") from error
 
 
@@ -109,7 +119,8 @@ class Client:
             )
 
     def attach(self, layout: Layout) -> NativeRegion:
-        """The memory. Raises `PagerUnavailable`, `BackendUnavailable`, and what the pager finds wrong."""
+        """The memory. Raises `PagerUnavailable`, `BackendUnavailable`, `ReadError` where there are no more
+        descriptors, and what the pager finds wrong."""
         connection, device, opened, memfd = self._begin(_MOMENT)
         try:
             if opened.content != layout.content_size or memfd is None:
@@ -125,13 +136,15 @@ class Client:
                     os.close(fd)
 
     def _begin(self, patience: float) -> tuple[socket.socket, int | None, Answer, int | None]:
-        connection = connect(self.path, patience)
+        with self._descriptors():
+            connection = connect(self.path, patience)
         device: int | None = None
         try:
-            hello, device = ask(connection, self.path, self.hello)
-            self.raise_if_failed(hello)
-            self._follows_fork = bool(hello.flags & native.FOLLOWS_FORK)
-            opened, memfd = ask(connection, self.path, self.open)
+            with self._descriptors():
+                hello, device = ask(connection, self.path, self.hello)
+                self.raise_if_failed(hello)
+                self._follows_fork = bool(hello.flags & native.FOLLOWS_FORK)
+                opened, memfd = ask(connection, self.path, self.open)
             if opened.code < 0 and memfd is not None:
                 os.close(memfd)
             self.raise_if_failed(opened)
@@ -141,6 +154,17 @@ class Client:
             if device is not None:
                 os.close(device)
             raise
+
+    @contextmanager
+    def _descriptors(self) -> Iterator[None]:
+        """What this process is short of, and not the pager's fault, as an exception of ours."""
+        try:
+            yield
+        except (OSError, NativeError) as error:
+            number = -error.code if isinstance(error, NativeError) else error.errno
+            if isinstance(error, LazymemError) or number not in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise ReadError(f"{self.url}: cannot be opened ({os.strerror(number)})", url=self.url) from error
 
     def ask_more(self, patience: float) -> socket.socket:
         """A connection of its own, for questions of the snapshot that is open. Raises as `attach`."""
@@ -170,7 +194,10 @@ class Client:
             ) from error
         region = PagedRegion(handle, self)
         try:
-            with native.userfaultfd(-1 if device is None else device) as (uffd, user_only):
+            with (
+                self._descriptors(),
+                native.userfaultfd(-1 if device is None else device) as (uffd, user_only),
+            ):
                 mapping = Ask(wire.MAP, id=3, address=region.address, length=size, flags=native.SHARED)
                 mapped, extra = ask(connection, self.path, mapping, uffd)
                 if extra is not None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -132,9 +133,12 @@ def send(connection: socket.socket, packet: bytes, descriptor: int | None = None
 def receive(connection: socket.socket) -> tuple[bytes, int | None]:
     """One packet and the descriptor that came along, which is the caller's to close. b"": it has ended.
 
-    Raises OSError, and `BadPacket` for a packet that is too long or has more than one descriptor.
+    Raises OSError, EMFILE among them, and `BadPacket` for a packet that is too long or has more than one
+    descriptor.
     """
     packet, fds, flags, _ = socket.recv_fds(connection, native.MESSAGE_MAX, 4, socket.MSG_CMSG_CLOEXEC)
+    if flags & socket.MSG_CTRUNC and not fds:  # there was room for some in the packet, so there is none here
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     if len(fds) > 1 or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         for fd in fds:
             os.close(fd)

@@ -248,6 +248,28 @@ def test_prefetch_says_that_memory_was_lost_though_another_pager_is_there(
     assert "a line on stderr has said why; open it again" in out, out
 
 
+def test_who_has_too_few_descriptors_is_told_so(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    code = """
+    import resource
+    used = max(map(int, os.listdir("/proc/self/fd")))
+    said = []
+    for limit in range(used, used + 12):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        try:
+            lazymem.open(sys.argv[2], pager=sys.argv[1]).close()
+            said.append("")
+        except lazymem.ReadError as error:
+            said.append(str(error))
+    assert said[-1] == "" and "" not in said[:3], said
+    assert all("Too many open files" in words or not words for words in said), said
+    print("told", flush=True)
+    """
+    with pagers.running(tmp_path / "socket") as pager:
+        client = start(pager, files, code)
+        out, err = client.communicate(timeout=60)
+        assert (out, err) == ("told\n", "")
+
+
 def test_what_is_closed_leaves_nothing_with_client_or_pager(tmp_path: Path, files: tuple[Path, Path]) -> None:
     with pagers.running(tmp_path / "socket") as pager:
         client = start(

@@ -4,6 +4,7 @@ nothing had been, and nothing of them stays behind."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,8 +20,11 @@ import numpy as np
 import pytest
 
 import lazymem
+from lazymem._native import NativeError
+from lazymem._native import pager as native
 from lazymem.errors import PagerUnavailable
 from lazymem.pager.access import Access
+from lazymem.pager.mapping import open_space
 from lazymem.pager.server import Limits, Server
 from lazymem.paging import client, wire
 from lazymem.paging.wire import Ask
@@ -233,6 +237,17 @@ def test_pager_that_can_have_no_more_threads_goes_on(
         serving.join()
         server.listener.close()
         server.leave()
+
+
+def test_pager_that_can_have_no_more_descriptors_does_not_blame_the_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise NativeError(-errno.EMFILE)
+
+    monkeypatch.setattr(native, "open_space", full)
+    with pytest.raises(NativeError, match="this pager can have no more descriptors"):
+        open_space(0, adopted=False)
 
 
 def refuse(_: threading.Thread) -> None:
