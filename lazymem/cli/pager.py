@@ -109,7 +109,8 @@ def serve(
 
 def _say_ready(server: Server, taken: bool) -> None:
     spaces = " with the clients of the pager that was there" if taken else ""
-    click.echo(f"listening at {plain(server.path)}{spaces}, process {os.getpid()}")
+    machines = "".join(f"{plain(path)} for machines, and at " for path in server.other_listeners)
+    click.echo(f"listening at {machines}{plain(server.path)}{spaces}, process {os.getpid()}")
     sys.stdout.flush()
 
 

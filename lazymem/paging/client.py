@@ -68,7 +68,11 @@ def connect(path: str, patience: float = _MOMENT) -> socket.socket:
             time.sleep(0.02)
         except OSError as error:
             connection.close()
-            raise PagerUnavailable(f"{path}: cannot be connected to: {error.strerror or error}") from error
+            at_control = f"; where machines are restored, ask at {path}.control"
+            hint = at_control if error.errno == errno.EPROTOTYPE else ""
+            raise PagerUnavailable(
+                f"{path}: cannot be connected to: {error.strerror or error}{hint}"
+            ) from error
 
 
 def ask(

@@ -255,6 +255,11 @@ def test_machines_are_taken_over_and_restored_by_the_command(
     control = str(path) + ".control"
     command = [client, str(path), guest, "private", "both", str(1 << 40), "1"]
     with pagers.running(path, *options) as first:
+        assert first.out.startswith(f"listening at {path} for machines, and at {control}, process ")
+        with pytest.raises(
+            lazymem.PagerUnavailable, match=r"where machines are restored, ask at .*\.control"
+        ):
+            paging_client.status(str(path))
         machine = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             while paging_client.status(control)["faults"] < 100:
