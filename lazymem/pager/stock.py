@@ -31,13 +31,15 @@ _QUESTIONS_MOST: Final = 16  # of one snapshot, that are remembered
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a client asks for. identities: of the files that it read the index from, or empty."""
+    """What a client asks for. identities: of the files that it read the index from, or empty. served: what
+    another pager has served for that, by its digest, "" if it has none; None where it is a client that asks."""
 
     location: str
     as_format: str | None = None
     chunk_size: int | None = None
     storage_options: Mapping[str, Any] | None = None
     identities: tuple[str, ...] = ()
+    served: str | None = None
 
     @classmethod
     def of(cls, asked: Mapping[str, Any]) -> Wanted:
@@ -81,10 +83,10 @@ class Stock:
             self.identities = tuple(blob.identity for blob in self.blobs)
             self._closing = stack.pop_all()
         self.users = 0
+        self._questions = [replace(wanted, identities=self.identities, served=None)]
         self.wanted = replace(
-            wanted, identities=self.identities
-        )  # by which another pager finds the very same
-        self._questions = [self.wanted]
+            self._questions[0], served=self.digest or ""
+        )  # another pager finds the same by it
         self.memory: NativeRegion | None = None
         self._word: int | None = None
         self._options = options
@@ -104,7 +106,7 @@ class Stock:
 
     def note(self, wanted: Wanted) -> None:
         """The question was answered with it, too: it came with other options, or by another name."""
-        asked = replace(wanted, identities=self.identities)
+        asked = replace(wanted, identities=self.identities, served=None)
         self._questions = [*self._questions[-_QUESTIONS_MOST + 1 :], asked]
 
     def is_current(self) -> bool:
@@ -218,7 +220,9 @@ class Stocks:
                     "users; leave chunk_size out",
                     url=fresh.url,
                 )
-            if wanted.identities and wanted.identities != fresh.identities:
+            if (wanted.identities and wanted.identities != fresh.identities) or not _is_what_was_served(
+                wanted, fresh
+            ):
                 raise SnapshotChanged(
                     f"{fresh.url}: is another for the pager than for you; was it replaced? Open it again",
                     url=fresh.url,
@@ -292,6 +296,13 @@ class Stocks:
         """The open ones by the core's number."""
         with self._lock:
             return {native.serial(one.memory): one for one in self._open if one.memory is not None}
+
+
+def _is_what_was_served(wanted: Wanted, fresh: Stock) -> bool:
+    """By another pager, whose clients have a part of it already. Without versions only a digest can tell."""
+    return wanted.served is None or (
+        wanted.served == (fresh.digest or "") and bool(wanted.served or all(wanted.identities))
+    )
 
 
 def _same(one: Stock, other: Stock) -> bool:

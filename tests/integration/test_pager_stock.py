@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,21 @@ def test_without_versions_only_checksums_make_two_the_same(
     np.save(plain, np.zeros(1000))
     assert stocks.get(Wanted(str(plain))) is not stocks.get(Wanted(str(plain)))
     assert stocks.get(Wanted(str(snapshot_path))) is stocks.get(Wanted(str(snapshot_path)))
+
+
+def test_without_versions_a_pager_takes_over_only_what_a_digest_tells(
+    stocks: Stocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalBlob, "identity", property(lambda _: ""))
+    plain, snapshot = tmp_path / "plain.npy", tmp_path / "snapshot.lzm"
+    np.save(plain, np.zeros(1000))
+    lazymem.build({"data": np.zeros(1000)}, snapshot)
+    served = [Wanted.told(asdict(stocks.get(Wanted(str(path))).wanted)) for path in (plain, snapshot)]
+    assert stocks.get(served[1]) is stocks.get(Wanted(str(snapshot)))
+    lazymem.build({"data": np.ones(1000)}, snapshot, overwrite=True)
+    for wanted in served:
+        with pytest.raises(lazymem.SnapshotChanged, match="was it replaced"):
+            Stocks().get(wanted)
 
 
 def test_what_has_no_bytes_is_refused_in_a_sentence(stocks: Stocks, tmp_path: Path) -> None:
