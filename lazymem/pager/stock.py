@@ -31,8 +31,8 @@ _QUESTIONS_MOST: Final = 16  # of one snapshot, that are remembered
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a client asks for. identities: of the files that it read the index from, or empty. served: what
-    another pager has served for that, by its digest, "" if it has none; None where it is a client that asks."""
+    """What a client asks for. identities: of the files that it read the index from, or empty. served:
+    what another pager has served for that, by its digest, "" if it has none; None where a client asks."""
 
     location: str
     as_format: str | None = None
