@@ -139,8 +139,11 @@ def receive(connection: socket.socket) -> tuple[bytes, int | None]:
     packet, fds, flags, _ = socket.recv_fds(connection, native.MESSAGE_MAX, 4, socket.MSG_CMSG_CLOEXEC)
     if flags & socket.MSG_CTRUNC and not fds:  # there was room for some in the packet, so there is none here
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    if len(fds) > 1 or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    is_wrong = len(fds) > 1 or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+    if is_wrong or not packet:  # an empty packet may bring one, too
         for fd in fds:
             os.close(fd)
+        fds = []
+    if is_wrong:
         raise BadPacket("a packet is too long, or brings more than one descriptor")
     return packet, fds[0] if fds else None

@@ -55,6 +55,7 @@ SAYS = {
     "length beyond": "payload has 0 bytes, not 2147483648",
     "length short": "payload has 7 bytes, not 0",
     "long": "a packet is too long",
+    "nothing, with a descriptor": "done",
     "two descriptors": "more than one descriptor",
     "ten descriptors": "more than one descriptor",
     "map before open": "MAP comes after OPEN",
