@@ -109,20 +109,16 @@ class Stock:
         asked = replace(wanted, identities=self.identities, served=None)
         self._questions = [*self._questions[-_QUESTIONS_MOST + 1 :], asked]
 
-    def is_current(self) -> bool:
-        """Whether what it was opened from need not be looked at anew to give it to who names its versions.
+    def is_certain(self) -> bool:
+        """Whether the versions that it was opened in tell what it is: to who names them it can be given
+        without a look at what lies there by now.
 
-        Such a client has read the index of these very versions, and an ETag is of one content for ever:
-        whatever lies there by now, this is what was asked for. Nor is anything else read for it later: each
-        range is asked for with the ETag (If-Match), so what was not read before the object was replaced is
-        refused. Where a server names no version, or only a date, the object is opened anew; and so is a local
-        file that is not what it was, which a stat tells.
+        Such a client has read the index of these very versions. A local file stays open. Ranges of an
+        object are asked for with its ETag (If-Match), so what was not read before it was replaced is refused.
+        A date, or nothing, as some servers have, is not enough.
         """
         return all(
-            blob.is_at_its_path()
-            if isinstance(blob, LocalBlob)
-            else "If-Match" in condition_of(blob.identity)
-            for blob in self.blobs
+            isinstance(blob, LocalBlob) or "If-Match" in condition_of(blob.identity) for blob in self.blobs
         )
 
     @property
@@ -251,13 +247,10 @@ class Stocks:
     def _known(self, wanted: Wanted) -> Stock | None:
         """One that is that for sure, without a question to a store. Used, as by `get`."""
         with self._lock:
-            found = next((stock for stock in self._open if stock.answers(wanted)), None)
+            found = next((one for one in self._open if one.answers(wanted) and one.is_certain()), None)
             if found is not None:
                 found.users += 1
-        if found is None or found.is_current():  # not under the lock: a disk may be far away, too
-            return found
-        self.leave(found)
-        return None
+        return found
 
     def use(self, stock: Stock) -> None:
         """One more user, of one that has a user."""

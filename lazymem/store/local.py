@@ -156,13 +156,6 @@ class LocalBlob:
             )
         return _identity(info) != self._identity
 
-    def is_at_its_path(self) -> bool:
-        """Whether the path leads to what was opened, as it was then."""
-        try:
-            return _identity(os.stat(self.path)) == self._identity
-        except OSError:
-            return False
-
     def fileno(self) -> int:
         if self._fd < 0:
             raise ReadError(f"{self._url}: is closed; open it again", url=self._url)

@@ -193,6 +193,26 @@ static struct usage find_calls(struct plan *ret_made)
     return board->healthy;
 }
 
+/* Every call that a healthy run makes fails, in series. thorough: by each error, not by the first alone; onward: from
+ * the n-th on, too. */
+static inline void try_every_call(bool thorough, bool onward, unsigned sparse)
+{
+    struct plan made;
+    struct usage healthy = find_calls(&made);
+    int call, i, most = thorough ? 6 : 1;
+
+    for (call = 0; call < CALL_COUNT; call++)
+        for (i = 0; made.made[call] && i < most && calls[call].errors[i] >= 0; i++) {
+            series_sparse = sparse;
+            start_series((enum call)call, calls[call].errors[i], false, &healthy);
+            series_sparse = 1;
+            if (onward && calls[call].errors[i] != EINTR)
+                start_series((enum call)call, calls[call].errors[i], true, &healthy);
+        }
+    while (running > 0)
+        reap();
+}
+
 /* CALL ERROR NTH once|onward, as a failure prints them. */
 static int repeat(char **words)
 {

@@ -19,6 +19,7 @@
 #include "pager.h"
 #include "pager_client.h"
 #include "pager_protocol.h"
+#include "pager_stock.h"
 #include "series.h"
 
 #define CHUNK    65536u
@@ -38,20 +39,7 @@ static lm_region *stock;
 
 static void open_stock(void)
 {
-    static lm_chunk_record records[CHUNKS];
-    lm_run runs[] = { { 0, CHUNKS, 0 } };
-    uint64_t size = SIZE;
-    int source = memfd_create("source", MFD_CLOEXEC);
-    lm_region_spec spec = { .content_size = SIZE, .chunk_size = CHUNK, .backend = LM_BACKEND_STOCK, .threads = 1,
-                            .runs = runs, .run_count = 1, .records = records, .record_count = CHUNKS, .fds = &source,
-                            .source_sizes = &size, .source_count = 1, .url = "memfd" };
-    unsigned i;
-
-    CHECK(source >= 0 && pwrite(source, content, SIZE, 0) == SIZE);
-    for (i = 0; i < CHUNKS; i++)
-        records[i] = (lm_chunk_record){ .offset = i * CHUNK, .stored_length = CHUNK,
-                                        .checksum = lm_codec_checksum(content + i * CHUNK, CHUNK) };
-    CHECK(lm_region_open(&spec, &stock) == 0);
+    stock = open_stock_of(content, CHUNKS, CHUNK, CHUNKS, 0, 0);
     CHECK(lm_pager_start(2) == 0);
 }
 
@@ -324,9 +312,8 @@ static void run(bool armed)
 int main(int argc, char **argv)
 {
     bool thorough = argc > 1 && strcmp(argv[1], "fork") == 0;
-    int uffd = (int)syscall(SYS_userfaultfd, (long)O_CLOEXEC, 0L, 0L, 0L, 0L, 0L), call, i;
-    struct usage healthy;
-    struct plan made;
+    unsigned i;
+    int uffd = (int)syscall(SYS_userfaultfd, (long)O_CLOEXEC, 0L, 0L, 0L, 0L, 0L);
 
     if (uffd < 0) {
         puts("no userfaultfd here");
@@ -335,23 +322,13 @@ int main(int argc, char **argv)
     close(uffd);
     CHECK(lm_codec_find(LM_FN_XXH3_64, "libxxhash.so.0", "XXH3_64bits") == 0);
     fill_random(content, sizeof content, 3);
-    for (i = 0; i < (int)SIZE; i++)
+    for (i = 0; i < SIZE; i++)
         content[i] |= 1; /* never 0 */
     take_board();
     series_scenario = "attachment";
     if (argc == 7 && strcmp(argv[1], "one") == 0)
         return repeat(argv + 3);
-    healthy = find_calls(&made);
-    for (call = 0; call < CALL_COUNT; call++)
-        for (i = 0; made.made[call] && i < (thorough ? 6 : 1) && calls[call].errors[i] >= 0; i++) {
-            series_sparse = 4;
-            start_series((enum call)call, calls[call].errors[i], false, &healthy);
-            series_sparse = 1;
-            if (thorough && calls[call].errors[i] != EINTR)
-                start_series((enum call)call, calls[call].errors[i], true, &healthy);
-        }
-    while (running > 0)
-        reap();
+    try_every_call(thorough, thorough, 4);
     if (bad > 0)
         return 1;
     puts("ok");

@@ -23,6 +23,7 @@
 #include "pager.h"
 #include "pager_client.h"
 #include "pager_protocol.h"
+#include "pager_stock.h"
 #include "space.h"
 #include "uffd.h"
 
@@ -34,9 +35,6 @@
 #define PAGE    4096u
 
 static unsigned char content[CHUNK * CHUNKS];
-static lm_chunk_record records[CHUNKS];
-static lm_run runs[] = { { 0, CHUNKS, 0 } };
-static uint64_t source_size = sizeof content;
 
 /* ---- the table against a model ---- */
 
@@ -376,25 +374,6 @@ static void test_a_part_goes_ahead_of_its_chunk(lm_region *stock, pid_t client, 
     close(socket);
 }
 
-static void open_stock(lm_region **ret_region)
-{
-    int source = memfd_create("source", MFD_CLOEXEC);
-    lm_region_spec spec = {
-        .content_size = sizeof content, .chunk_size = CHUNK, .backend = LM_BACKEND_STOCK, .threads = 2, .readahead = 2,
-        .runs = runs, .run_count = 1, .records = records, .record_count = CHUNKS, .fds = &source,
-        .source_sizes = &source_size, .source_count = 1, .url = "memfd",
-    };
-    unsigned i;
-
-    CHECK(source >= 0 && pwrite(source, content, sizeof content, 0) == (ssize_t)sizeof content);
-    for (i = 0; i < CHUNKS; i++)
-        records[i] = (lm_chunk_record){ .offset = (uint64_t)i * CHUNK, .stored_length = CHUNK,
-                                        .checksum = lm_codec_checksum(content + (size_t)i * CHUNK, CHUNK) };
-    records[BAD].checksum ^= 1;
-    CHECK(lm_region_open(&spec, ret_region) == 0);
-    close(source);
-}
-
 /* From outside, as for a debugger, while the clients do what they do. */
 static void populate_at_random(const uint32_t *spaces, unsigned char *const *memories)
 {
@@ -446,7 +425,7 @@ int main(void)
         _exit(be_patient(line[1]));
     close(line[1]);
     CHECK(dup2(quiet, 2) == 2); /* the line that a failed touch prints */
-    open_stock(&stock);
+    stock = open_stock_of(content, CHUNKS, CHUNK, BAD, LM_CODEC_RAW, 1);
     CHECK(lm_pager_start(2) == 0);
     test_a_part_goes_ahead_of_its_chunk(stock, patient, line[0]);
     for (i = 0; i < CLIENTS; i++) {

@@ -22,6 +22,7 @@
 #include "pager.h"
 #include "pager_client.h"
 #include "pager_protocol.h"
+#include "pager_stock.h"
 #include "uffd.h"
 
 #define CHUNK  65536u
@@ -378,22 +379,7 @@ static void test_who_waits_where_memory_changes_goes_on(struct client *client, i
 
 static void open_stock(void)
 {
-    static lm_chunk_record records[CHUNKS];
-    lm_run runs[] = { { 0, CHUNKS, 0 } };
-    uint64_t size = SIZE;
-    int source = memfd_create("source", MFD_CLOEXEC);
-    lm_region_spec spec = { .content_size = SIZE, .chunk_size = CHUNK, .backend = LM_BACKEND_STOCK, .threads = 1,
-                            .runs = runs, .run_count = 1, .records = records, .record_count = CHUNKS, .fds = &source,
-                            .source_sizes = &size, .source_count = 1, .url = "memfd" };
-    unsigned i;
-
-    CHECK(source >= 0 && pwrite(source, content, SIZE, 0) == SIZE);
-    for (i = 0; i < CHUNKS; i++)
-        records[i] = (lm_chunk_record){ .offset = i * CHUNK, .stored_length = CHUNK,
-                                        .codec = i == HELD ? LM_CODEC_ZSTD : LM_CODEC_RAW,
-                                        .checksum = lm_codec_checksum(content + i * CHUNK, CHUNK) };
-    CHECK(lm_region_open(&spec, &stock) == 0);
-    close(source);
+    stock = open_stock_of(content, CHUNKS, CHUNK, HELD, LM_CODEC_ZSTD, 0);
 }
 
 static void close_stock(void)
