@@ -13,7 +13,7 @@ from .soak import soak
 if TYPE_CHECKING:
     from ..servers.s3 import Bucket
 
-SECONDS = float(os.environ.get("LAZYMEM_SOAK_SECONDS", "120"))
+SECONDS = float(os.environ.get("LAZYMEM_SOAK_SECONDS", "75"))
 SEED = int(os.environ.get("LAZYMEM_SOAK_SEED", "1"))
 
 

@@ -411,7 +411,7 @@ static void try_all(bool thorough)
 
     for (call = 0; call < CALL_COUNT; call++)
         for (i = 0; made.made[call] && i < most && calls[call].errors[i] >= 0; i++) {
-            series_sparse = thorough ? 8 : 3;
+            series_sparse = thorough ? 4 : 2;
             start_series((enum call)call, calls[call].errors[i], false, &healthy);
             series_sparse = 2; /* each takes a while */
             if (thorough && goes_on(calls[call].errors[i]))
