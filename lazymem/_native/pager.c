@@ -1127,6 +1127,12 @@ int lm_pager_map(uint32_t id, uint64_t address, uint64_t length, lm_region *regi
             unlock(space);
         }
     }
+    if (error == 0) { /* before it is told that it is served: another pager may have to know */
+        pthread_mutex_lock(&space->lock);
+        if (space->armed) /* else it is recorded then; and the mark may still be another pager's */
+            record_locked(space);
+        unlock(space);
+    }
     if (error == 0 && !(flags & LM_PAGER_MORE)) {
         error = arm(space);
         wake_all(space); /* whose messages an earlier pager has read */

@@ -13,6 +13,7 @@ A client with a connection has its userfaultfd, and comes by itself; what is kno
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import logging
@@ -69,6 +70,8 @@ def take_estates(server: Server) -> None:
     for path in sorted(glob.glob(f"{glob.escape(server.path)}.estate-*")):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             try:
+                if os.stat(path).st_uid not in (0, os.geteuid()):
+                    continue  # somebody else's, who could have us wait
                 connection.settimeout(_PATIENCE)
                 connection.connect(path)
             except ConnectionRefusedError:  # its twin has died, too
@@ -118,6 +121,8 @@ class _Left:
 def _take(server: Server, connection: socket.socket) -> None:
     with ExitStack() as stack:
         left = _receive(connection, stack)
+        if not left.ledgers:
+            return
         spaces = left.spaces()
         ours = {
             inode: one for inode, one in spaces.items() if one.features & native.LEFT and inode in left.uffds
@@ -167,11 +172,13 @@ def _receive(connection: socket.socket, stack: ExitStack) -> _Left:
     left = _Left()
     while True:
         try:
-            packet, fds, _, _ = socket.recv_fds(connection, _NUMBER.size, 1, socket.MSG_CMSG_CLOEXEC)
+            packet, fds, flags, _ = socket.recv_fds(connection, _NUMBER.size, 1, socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
             return left  # its twin had nothing, and has ended
         for fd in fds:
             stack.callback(os.close, fd)
+        if flags & socket.MSG_CTRUNC:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if len(packet) != _NUMBER.size or not fds:
             return left
         (number,) = _NUMBER.unpack(packet)

@@ -14,9 +14,11 @@ but no page comes or goes meanwhile.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
+
+from . import exploring
+from .exploring import Wrong
 
 ABSENT, LOADING, WANTED, PRESENT, FAILED, POISONED = (
     "absent",
@@ -75,10 +77,6 @@ class World(NamedTuple):
     closer: str = "done"
     forker: str = "done"
     copied: tuple[str, str] = ("", "")  # state and page of the child, so far
-
-
-class Wrong(Exception):
-    """A world that must not be."""
 
 
 Step = tuple[str, World]
@@ -393,54 +391,22 @@ def is_finished(world: World) -> bool:
 
 def explore(start: World, mistakes: frozenset[str] = frozenset()) -> int:
     """Every world that can come about; how many. Raises `Wrong`, with the way there."""
-    found: dict[World, tuple[World | None, str]] = {start: (None, "")}
-    before: dict[World, list[World]] = {}
-    children: set[World] = set()
-    queue, ends = deque([start]), list[World]()
-    while queue:
-        world = queue.popleft()
-        try:
-            inspect(world)
-            following = list(steps(world, mistakes))
-            if not following and not is_finished(world):
-                raise Wrong("somebody waits for ever")
-        except Wrong as wrong:
-            raise Wrong(f"{wrong}:\n" + "\n".join(way_to(world, found))) from None
-        if is_finished(world):
-            ends.append(world)
-        for what, after in following:
-            after = alike(after)
-            if after not in found:
-                found[after] = (world, what)
-                queue.append(after)
-            before.setdefault(after, []).append(world)
-        if world.forker == "copy" and all(world.copied):
-            children.update(child_of(world, mistakes))
-    for world in found.keys() - reaching(ends, before):
-        raise Wrong("it goes round for ever:\n" + "\n".join(way_to(world, found)))
+
+    def following(world: World) -> Iterator[Step]:
+        inspect(world)
+        for what, after in steps(world, mistakes):
+            yield what, alike(after)
+
+    found = exploring.explore(start, following, is_finished)
+    children = {
+        child
+        for world in found
+        if world.forker == "copy" and all(world.copied)
+        for child in child_of(world, mistakes)
+    }
     return len(found) + sum(explore(child, mistakes) for child in children)
 
 
 def alike(world: World) -> World:
     """One world for all in which only actors of a kind have changed places."""
     return world._replace(touchers=tuple(sorted(world.touchers)), workers=tuple(sorted(world.workers)))
-
-
-def reaching(ends: list[World], before: dict[World, list[World]]) -> set[World]:
-    """The worlds from which an end can still be reached."""
-    reached, queue = set(ends), deque(ends)
-    while queue:
-        for world in before.get(queue.popleft(), ()):
-            if world not in reached:
-                reached.add(world)
-                queue.append(world)
-    return reached
-
-
-def way_to(world: World, found: dict[World, tuple[World | None, str]]) -> list[str]:
-    way: list[str] = []
-    at: World | None = world
-    while at is not None:
-        at, what = found[at]
-        way.append(what)
-    return [*way[::-1][1:], str(world)]

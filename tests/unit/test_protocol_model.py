@@ -11,7 +11,8 @@ import pytest
 
 import lazymem._native
 
-from .protocol_model import OPERATIONS, STATES, TRANSITIONS, World, Wrong, explore
+from .exploring import Wrong
+from .protocol_model import OPERATIONS, STATES, TRANSITIONS, World, explore
 
 NATIVE = Path(lazymem._native.__file__).parent
 SOURCES = Path(__file__).parents[1] / "native"
