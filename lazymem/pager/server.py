@@ -467,7 +467,8 @@ class Server:
     def _status(self, session: Session, ask: Ask, _: int | None) -> tuple[Answer, int | None]:
         if not self.access.is_ours(session.peer):
             raise AccessDenied("a pager's status is for its own user and root", url="pager")
-        found = status_of(self.path, self.clients(), list(self.stocks.by_serial().values()))
+        with self.stocks.all_held() as stocks:
+            found = status_of(self.path, self.clients(), stocks)
         return Answer(ask.id), in_memory(json.dumps(found).encode())
 
     def _populate(self, session: Session, ask: Ask, _: int | None) -> tuple[Answer, int | None]:

@@ -277,6 +277,19 @@ class Stocks:
             if found is not None:
                 self.leave(found)
 
+    @contextmanager
+    def all_held(self) -> Iterator[list[Stock]]:
+        """Those with memory, which stay open for the block."""
+        with self._lock:
+            found = [one for one in self._open if one.memory is not None]
+            for one in found:
+                one.users += 1
+        try:
+            yield found
+        finally:
+            for one in found:
+                self.leave(one)
+
     def sweep(self) -> None:
         """Close what nobody maps and nobody may."""
         with self._lock:

@@ -189,7 +189,7 @@ def test_many_ranges_at_once(fetcher: FetcherProcess, url: str) -> None:
         assert fetcher.take(number).done
     assert fetcher.memory[: len(DATA)] == DATA
     status = fetcher.status()
-    assert status["ranges"] == status["requests"] - 1 == len(numbers)
+    assert status["ranges"] == len(numbers) <= status["requests"] - 1  # a late answer is asked for twice
     assert status["received"] == len(DATA) + 4096
     assert status["threads"] <= 96
 
