@@ -10,7 +10,7 @@ from typing import Final
 
 from .._native import NativeError, NativeRegion
 from .._native import pager as native
-from ..paging.wire import Ask
+from ..paging.wire import NO_DESCRIPTORS, Ask
 
 _PAGES: Final = (4096, 2 << 20)
 _ADDRESSES_END: Final = 1 << 56  # of a process's memory, whatever the machine
@@ -23,7 +23,7 @@ def open_space(uffd: int, *, adopted: bool) -> int:
         return native.open_space(uffd, agree=not adopted)[0]
     except NativeError as error:
         if error.code in (-errno.EMFILE, -errno.ENFILE):
-            said = "this pager can have no more descriptors; raise its limit (ulimit -n)"
+            said = NO_DESCRIPTORS
         elif adopted:
             said = "the descriptor that came along is no userfaultfd that a pager had before (UFFDIO_API)"
         else:

@@ -338,8 +338,7 @@ class Server:
                 return False
             except OSError as error:
                 if error.errno == errno.EMFILE:
-                    said = "this pager can have no more descriptors; raise its limit (ulimit -n)"
-                    wire.send(connection, wire.failed(0, errno.EUSERS, said).pack())
+                    wire.send(connection, wire.failed(0, errno.EUSERS, wire.NO_DESCRIPTORS).pack())
                 raise
             if not packet:
                 return False

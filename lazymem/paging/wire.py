@@ -130,6 +130,10 @@ def send(connection: socket.socket, packet: bytes, descriptor: int | None = None
     socket.send_fds(connection, [packet], fds, socket.MSG_NOSIGNAL)
 
 
+#: What a pager says to who comes with a descriptor that it has no room for.
+NO_DESCRIPTORS: Final = "this pager can have no more descriptors; raise its limit (ulimit -n)"
+
+
 def receive(connection: socket.socket) -> tuple[bytes, int | None]:
     """One packet and the descriptor that came along, which is the caller's to close. b"": it has ended.
 

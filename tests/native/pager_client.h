@@ -6,6 +6,8 @@
 #ifndef PAGER_CLIENT_H
 #define PAGER_CLIENT_H
 
+#include <fcntl.h>
+#include <stdbool.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -45,6 +47,18 @@ static inline int receive_descriptor(int from, void *bytes, size_t length)
     if (CMSG_FIRSTHDR(&message) != NULL)
         memcpy(&descriptor, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof descriptor);
     return descriptor;
+}
+
+static inline bool has_userfaultfd(void)
+{
+    int uffd = (int)syscall(SYS_userfaultfd, (long)O_CLOEXEC, 0L, 0L, 0L, 0L, 0L);
+
+    if (uffd < 0) {
+        puts("no userfaultfd here");
+        return false;
+    }
+    close(uffd);
+    return true;
 }
 
 static inline void tell(int to, char word) { send_descriptor(to, -1, &word, 1); }

@@ -229,4 +229,18 @@ static int repeat(char **words)
     return status != 0;
 }
 
+/* What main() returns: of all that try_all does, more of it by argument "fork", or of the one run that is named. */
+static inline int run_all(int argc, char **argv, const char *scenario, void (*try_all)(bool thorough))
+{
+    take_board();
+    series_scenario = scenario;
+    if (argc == 7 && strcmp(argv[1], "one") == 0)
+        return repeat(argv + 3);
+    try_all(argc > 1 && strcmp(argv[1], "fork") == 0);
+    if (bad > 0)
+        return 1;
+    puts("ok");
+    return 0;
+}
+
 #endif

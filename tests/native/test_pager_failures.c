@@ -425,27 +425,14 @@ static void try_all(bool thorough)
 
 int main(int argc, char **argv)
 {
-    bool thorough = argc > 1 && strcmp(argv[1], "fork") == 0;
     unsigned i;
-    int uffd = (int)syscall(SYS_userfaultfd, (long)O_CLOEXEC, 0L, 0L, 0L, 0L, 0L);
 
-    if (uffd < 0) {
-        puts("no userfaultfd here");
+    if (!has_userfaultfd())
         return 77;
-    }
-    close(uffd);
     CHECK(lm_codec_find(LM_FN_XXH3_64, "libxxhash.so.0", "XXH3_64bits") == 0);
     for (i = 0; i < SIZE; i++)
         content[i] = i / CHUNK == ZERO ? 0 : (unsigned char)((i * UINT64_C(0x9E3779B97F4A7C15)) >> 40 | 1);
     source = memfd_create("source", MFD_CLOEXEC);
     CHECK(source >= 0 && pwrite(source, content, SIZE, 0) == SIZE);
-    take_board();
-    series_scenario = "pager";
-    if (argc == 7 && strcmp(argv[1], "one") == 0)
-        return repeat(argv + 3);
-    try_all(thorough);
-    if (bad > 0)
-        return 1;
-    puts("ok");
-    return 0;
+    return run_all(argc, argv, "pager", try_all);
 }

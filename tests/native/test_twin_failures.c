@@ -214,28 +214,20 @@ static void run(bool armed)
         settle();
 }
 
+static void try_all(bool thorough)
+{
+    try_every_call(thorough, false, 2);
+}
+
 int main(int argc, char **argv)
 {
-    bool thorough = argc > 1 && strcmp(argv[1], "fork") == 0;
     unsigned i;
-    int uffd = (int)syscall(SYS_userfaultfd, (long)O_CLOEXEC, 0L, 0L, 0L, 0L, 0L);
 
-    if (uffd < 0) {
-        puts("no userfaultfd here");
+    if (!has_userfaultfd())
         return 77;
-    }
-    close(uffd);
     CHECK(lm_codec_find(LM_FN_XXH3_64, "libxxhash.so.0", "XXH3_64bits") == 0);
     for (i = 0; i < SIZE; i++)
         content[i] = (unsigned char)((i * UINT64_C(0x9E3779B97F4A7C15)) >> 40 | 1); /* never 0 */
     estate.sun_family = AF_UNIX;
-    take_board();
-    series_scenario = "twin";
-    if (argc == 7 && strcmp(argv[1], "one") == 0)
-        return repeat(argv + 3);
-    try_every_call(thorough, false, 2);
-    if (bad > 0)
-        return 1;
-    puts("ok");
-    return 0;
+    return run_all(argc, argv, "twin", try_all);
 }
